@@ -1,0 +1,1 @@
+"""Image–mask–text triplets in WebDataset shards: what a model learns from."""

@@ -1,0 +1,56 @@
+"""Errors that a user can mend: one clear line, exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """A mistake in the user's input.
+
+    The message is one line: it names the file, key or sample and says what to do.
+    """
+
+    def __str__(self) -> str:
+        # A DataLoader worker wraps the message of what it raises in a traceback: give back the line only.
+        text = super().__str__()
+        if "Original Traceback" in text:
+            text = re.split(r"\b\w*Error: ", text.strip())[-1]
+        return " ".join(text.split())
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Return a hint such as ``; did you mean 'lr'?`` or, with nothing near, the options.
+
+    Args:
+        name: What the user wrote.
+        options: What would have been accepted.
+    """
+    options = sorted(set(options))
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(options)}" if options else ""
+
+
+def run_command(main: Callable[[], int | None], name: str) -> int:
+    """Run a command's body and turn its `UserError` into one line on stderr.
+
+    Args:
+        main: The body; its result is the exit code, ``None`` being 0.
+        name: The command's name, put before the message.
+
+    Returns:
+        The exit code: 2 for a user's mistake, 130 when interrupted.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
