@@ -48,9 +48,7 @@ class Target:
     kind: str = "semantic"
 
     @classmethod
-    def from_mask(
-        cls, mask: np.ndarray, term: str, synonyms: tuple[str, ...] = (), kind: str = "semantic"
-    ) -> Target:
+    def from_mask(cls, mask: np.ndarray, term: str, synonyms: tuple[str, ...] = (), kind: str = "semantic") -> Target:
         """Encode a mask (H, W), nonzero inside.
 
         Raises:

@@ -1,0 +1,177 @@
+"""Intensity and slicing: from a volume to the images that are stored.
+
+Shapes: Z, Y, X as in `readers`; N slices of H rows and W columns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from data_shards.errors import UserError
+from data_shards.readers import Volume
+
+Axis = Literal["axial", "coronal", "sagittal"]
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """A linear map of [low, high] onto 0–255, clipped; one fitted to a volume by an `Intensity`.
+
+    Attributes:
+        kind: The `Intensity` that chose the bounds.
+        low: Source value that becomes 0; None keeps the values and their dtype.
+        high: Source value that becomes 255, or None.
+    """
+
+    kind: str
+    low: float | None = None
+    high: float | None = None
+
+    def apply(self, volume: np.ndarray) -> np.ndarray:
+        """Map an array of any shape: uint8, or the array itself where there are no bounds."""
+        if self.low is None or self.high is None:
+            return volume
+        if self.high <= self.low:  # a blank volume: nothing to stretch
+            return np.where(volume > self.low, np.uint8(255), np.uint8(0))
+        scale = 255.0 / (self.high - self.low)
+        mapped = (volume.astype(np.float32) - np.float32(self.low)) * np.float32(scale)
+        return np.rint(np.clip(mapped, 0, 255)).astype(np.uint8)
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what was done, as JSON."""
+        if self.low is None:
+            return {"kind": self.kind}
+        return {"kind": self.kind, "low": self.low, "high": self.high, "range": [0, 255]}
+
+
+class Intensity(ABC):
+    """How the intensities of a volume become those stored. Bounds are taken over the whole volume, never per slice."""
+
+    kind: str
+
+    @abstractmethod
+    def fit(self, volume: np.ndarray) -> Rescale:
+        """Return the map for one volume (Z, Y, X) or (Z, Y, X, 3)."""
+
+    def apply(self, volume: np.ndarray) -> np.ndarray:
+        """Fit to a volume and map it."""
+        return self.fit(volume).apply(volume)
+
+
+@dataclass(frozen=True)
+class Window(Intensity):
+    """A fixed window, as of CT in Hounsfield units, to uint8."""
+
+    level: float
+    """Centre of the window."""
+    width: float
+    """Full width of the window."""
+    kind: Literal["window"] = "window"
+
+    def __post_init__(self) -> None:
+        if self.width <= 0:
+            raise UserError(f"width must be above 0, got {self.width:g}")
+
+    def fit(self, volume: np.ndarray) -> Rescale:
+        """Return the window, whatever the volume."""
+        return Rescale("window", float(self.level - self.width / 2), float(self.level + self.width / 2))
+
+
+@dataclass(frozen=True)
+class Percentiles(Intensity):
+    """Between two percentiles of the volume, to uint8, as MedSAM does for MR."""
+
+    low: float = 0.5
+    """Percentile that becomes 0."""
+    high: float = 99.5
+    """Percentile that becomes 255."""
+    nonzero: bool = True
+    """Take the percentiles over nonzero voxels only: background is not anatomy."""
+    kind: Literal["percentiles"] = "percentiles"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 100:
+            raise UserError(f"low and high must keep 0 <= low < high <= 100, got {self.low:g} and {self.high:g}")
+
+    def fit(self, volume: np.ndarray) -> Rescale:
+        """Return the map between the percentiles of the volume."""
+        values = volume[volume != 0] if self.nonzero else volume
+        if values.size == 0:  # a blank volume
+            return Rescale("percentiles", 0.0, 0.0)
+        low, high = np.percentile(values, [self.low, self.high])
+        return Rescale("percentiles", float(low), float(high))
+
+
+@dataclass(frozen=True)
+class MinMax(Intensity):
+    """Between the smallest and the largest value of the volume, to uint8."""
+
+    kind: Literal["minmax"] = "minmax"
+
+    def fit(self, volume: np.ndarray) -> Rescale:
+        """Return the map between the extremes of the volume."""
+        return Rescale("minmax", float(volume.min()), float(volume.max()))
+
+
+@dataclass(frozen=True)
+class Native(Intensity):
+    """Values and dtype as they are in the file."""
+
+    kind: Literal["none"] = "none"
+
+    def fit(self, volume: np.ndarray) -> Rescale:
+        """Return the identity."""
+        return Rescale("none")
+
+
+AnyIntensity = Window | Percentiles | MinMax | Native
+
+
+def check_finite(array: np.ndarray, name: str) -> None:
+    """Raise a `UserError` that names the file if an array holds NaN or infinity."""
+    if not np.issubdtype(array.dtype, np.floating):
+        return
+    bad = int(array.size - np.isfinite(array).sum())
+    if bad:
+        raise UserError(
+            f"{name}: {bad} of {array.size} voxels are NaN or infinite: repair the file or leave the case out"
+        )
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A volume cut along one axis.
+
+    Attributes:
+        slices: (N, H, W) or (N, H, W, 3).
+        spacing: Pixel spacing (row, column) in mm, or None.
+        slice_spacing: Distance between slices in mm, or None.
+    """
+
+    slices: np.ndarray
+    spacing: tuple[float, float] | None
+    slice_spacing: float | None
+
+
+def cut(volume: Volume, axis: Axis) -> Stack:
+    """Cut an LPS volume into slices, without copying.
+
+    Axial slices show anterior on top and the patient's right on the left, coronal ones superior on top and the
+    patient's right on the left, sagittal ones superior on top and anterior on the left. Slice n of the stack lies at
+    index n of the volume along z, y or x.
+    """
+    array, spacing = volume.array, volume.spacing
+    if axis == "axial":
+        order = (0, 1, 2)
+    elif axis == "coronal":
+        array, order = array[::-1], (1, 0, 2)
+    else:
+        array, order = array[::-1], (2, 0, 1)
+    slices = array.transpose(*order, *range(3, array.ndim))
+    if spacing is None:
+        return Stack(slices, None, None)
+    return Stack(slices, (spacing[order[1]], spacing[order[2]]), spacing[order[0]])

@@ -1,0 +1,59 @@
+"""NIfTI-1 and -2: ``.nii`` and ``.nii.gz``.
+
+Heavy libraries are imported by the functions that use them, so that ``--help`` stays fast.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from data_shards.errors import UserError
+from data_shards.readers.base import Role, Volume, register
+
+
+@register(".nii", ".nii.gz")
+def read_nifti(path: Path, role: Role) -> Volume:
+    """Read a NIfTI file and turn it to LPS by the nearest right-angled rotation of its affine; nothing is resampled.
+
+    Values keep their dtype unless the header scales them (``scl_slope``, ``scl_inter``), which gives float32.
+
+    Args:
+        path: The file.
+        role: Unused: one file holds one volume.
+
+    Raises:
+        UserError: The affine does not say which way is up.
+    """
+    import nibabel
+    from nibabel import orientations
+
+    image = nibabel.load(path)
+    affine = image.affine
+    # A singular affine leaves an axis without a direction.
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise UserError(f"{path}: its affine is not invertible, so its orientation is unknown: repair the header")
+    array = _stored_values(image.dataobj)
+    while array.ndim > 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 3:
+        raise UserError(f"{path}: the {role} has shape {array.shape}; a volume of slices (Z, Y, X) is needed")
+    turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt("LPS"))
+    zooms = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    # Row i of `turn` names the axis that file axis i becomes.
+    spacing_xyz = zooms[np.argsort(turn[:, 0])]
+    array = orientations.apply_orientation(array, turn).transpose(2, 1, 0)
+    if array.dtype.names:  # RGB is stored as a record of bytes
+        array = np.stack([array[name] for name in array.dtype.names[:3]], axis=-1)
+    x, y, z = (float(value) for value in spacing_xyz)
+    return Volume(np.ascontiguousarray(array), (z, y, x))
+
+
+def _stored_values(proxy: object) -> np.ndarray:
+    """Return the values (X, Y, Z, …) in the machine's byte order, scaled only if the header says so."""
+    slope, inter = getattr(proxy, "slope", 1.0), getattr(proxy, "inter", 0.0)
+    if slope == 1 and inter == 0:
+        array: np.ndarray = np.asanyarray(proxy.get_unscaled())  # type: ignore[attr-defined]
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
+    return np.asarray(proxy, dtype=np.float32)
