@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from data_shards import manifest as manifests
 from data_shards.convert import Conversion
 from data_shards.errors import UserError
 from data_shards.index import Index, write_index
+from data_shards.progress import progress
 from data_shards.sources import find_sources
 from data_shards.spec import Hasher, Spec, load_spec
 from data_shards.writer import ShardWriter
@@ -185,19 +183,19 @@ def _write(spec: Spec, cases: Sequence[Conversion], folder: Path) -> dict[str, I
     with ExitStack() as stack:
         limits = (spec.shards.max_samples, spec.shards.max_bytes)
         writers = {name: stack.enter_context(ShardWriter(folder / name, *limits)) for name in names}
-        progress = stack.enter_context(_progress())
-        task = progress.add_task("slices", total=None)
+        bar = stack.enter_context(progress())
+        task = bar.add_task("slices", total=None)
         for number, case in enumerate(cases):
             volume, labels = case.read(spec)
-            done = int(progress.tasks[task].completed)
+            done = int(bar.tasks[task].completed)
             expected = len(case.wanted(spec, _depth(labels.array.shape, spec.slices.axis)))
             # The cases to come are taken to be as deep as those so far.
-            progress.update(task, total=(done + expected) * len(cases) // (number + 1))
+            bar.update(task, total=(done + expected) * len(cases) // (number + 1))
             for split, triplet in case.samples(spec, volume, labels):
                 if triplet is not None:
                     writers[split].write(triplet.key, triplet.encode())
                     kept[split] += 1
-                progress.advance(task)
+                bar.advance(task)
     for name, count in kept.items():
         if not count:
             raise UserError(f"split '{name}' got no slice: widen 'slices' or 'split' in the spec")
@@ -206,16 +204,3 @@ def _write(spec: Spec, cases: Sequence[Conversion], folder: Path) -> dict[str, I
 
 def _depth(shape: tuple[int, ...], axis: str) -> int:
     return shape[("axial", "coronal", "sagittal").index(axis)]
-
-
-class _Rate(ProgressColumn):
-    """Slices per second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.0f} slices/s" if task.speed else "")
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    console = Console(file=sys.stderr)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

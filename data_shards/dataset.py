@@ -23,14 +23,15 @@ class ShardDataset:
 
     Args:
         folder: Folder of the shards and their index, such as ``OUT/train``.
+        check: Check first that every shard exists with the recorded size.
 
     Raises:
         UserError: The index or a shard is missing or does not fit.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, check: bool = True) -> None:
         self.folder = Path(folder)
-        self.index = Index.load(self.folder)
+        self.index = Index.load(self.folder, check)
         self._files: dict[int, int] = {}
 
     def __len__(self) -> int:

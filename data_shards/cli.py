@@ -1,0 +1,145 @@
+"""The command `data-shards`: build, verify and inspect a corpus.
+
+What a subcommand needs is imported when it runs, so that ``--help`` is fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from data_shards.errors import UserError, nearest, run_command
+
+_HELP = """\
+Turn medical images and their masks into verified shards, and look at them.
+
+  data-shards build SPEC.yaml --out data/liver --root /scans   build the shards
+  data-shards verify data/liver                                check every byte of them
+  data-shards inspect data/liver --png sheet.png               see what is in them
+
+A spec says which files belong together and what their masks mean. A whole one:
+
+  dataset: liver-ct
+  modality: CT
+  cases:
+    - image: "imgs/{id}.nii.gz"        # {id} fits every case of the folder
+      mask: "gts/{id}_seg.nii.gz"
+      patient: "^(P[0-9]+)_"           # finds the patient in the id
+  targets:
+    - {term: liver, value: 1}
+  intensity: {kind: window, level: 40, width: 400}
+  split: {kind: patients, fractions: {train: 0.8, test: 0.2}, seed: 0}
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments; by default those of the process.
+
+    Returns:
+        The exit code: 0, or 2 for a user's mistake or a corpus with problems.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _run(arguments), "data-shards")
+
+
+def _run(arguments: list[str]) -> int:
+    parser, commands = _parsers()
+    if not arguments:
+        parser.print_help()
+        return 2
+    if not arguments[0].startswith("-") and arguments[0] not in commands:
+        raise UserError(f"unknown command '{arguments[0]}'{nearest(arguments[0], commands)}")
+    values, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        command = commands[values.command]
+        known = [option for action in command._actions for option in action.option_strings]
+        hint = nearest(unknown[0].partition("=")[0], known) if unknown[0].startswith("-") else ""
+        raise UserError(f"{values.command}: unexpected '{unknown[0]}'{hint}")
+    code: int = values.run(values)
+    return code
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """Return the parser and those of its commands."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="data-shards", description=_HELP, formatter_class=raw, allow_abbrev=False)
+    group = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND", required=True)
+
+    build = group.add_parser("build", help="build shards from a spec", allow_abbrev=False)
+    build.add_argument("spec", metavar="SPEC.yaml", help="the spec; examples lie in data_shards/catalogue")
+    build.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus; it is made")
+    build.add_argument("--root", metavar="DIR", help="folder of the spec's relative paths (default: the spec's root)")
+    build.add_argument("--overwrite", action="store_true", help="replace a corpus built from something else")
+    build.set_defaults(run=_build)
+
+    verify = group.add_parser("verify", help="check every byte and sample; writes nothing", allow_abbrev=False)
+    verify.add_argument("dir", metavar="DIR", help="a corpus, or one split of it")
+    verify.set_defaults(run=_verify)
+
+    inspect = group.add_parser("inspect", help="show what a corpus holds", allow_abbrev=False)
+    inspect.add_argument("dir", metavar="DIR", help="a corpus, or one split of it")
+    inspect.add_argument("--sample", metavar="KEY", help="show this sample instead of the tables")
+    inspect.add_argument("--png", metavar="OUT", help="draw the sample, or a dozen samples, into this file")
+    inspect.set_defaults(run=_inspect)
+    return parser, dict(group.choices)
+
+
+def _build(values: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from data_shards.build import build, show
+
+    result = build(values.spec, values.out, root=values.root, overwrite=values.overwrite)
+    for warning in result.warnings:
+        print(f"data-shards: warning: {warning}", file=sys.stderr)
+    show(result, Console())
+    return 0
+
+
+def _verify(values: argparse.Namespace) -> int:
+    from data_shards.verify import verify
+
+    result = verify(values.dir)
+    for problem in result.problems:
+        print(f"data-shards: problem: {problem}", file=sys.stderr)
+    if result.problems:
+        print(f"{len(result.problems)} problems in {result.summary()}")
+        return 2
+    print(f"OK: {result.summary()}")
+    return 0
+
+
+def _inspect(values: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from data_shards import inspect
+
+    splits = inspect.open_splits(values.dir)
+    if values.sample is not None:
+        triplet = inspect.find_sample(splits, values.sample)
+        inspect.show_sample(triplet, Console())
+        if values.png is not None:
+            inspect.draw_sample(triplet, values.png)
+    else:
+        inspect.show_corpus(splits, Console())
+        if values.png is not None:
+            inspect.draw_sheet(splits, values.png)
+    if values.png is not None:
+        print(f"drawn {values.png}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
