@@ -1,0 +1,104 @@
+"""The order of samples: a pure function of (seed, epoch), whatever the ranks, workers and interruptions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from data_shards.errors import UserError
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The one global order of an epoch: a permutation of ``range(count)``, int64.
+
+    Args:
+        count: Number of samples.
+        seed: Seed of the run.
+        epoch: Epoch, from 0.
+    """
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+class GlobalOrderSampler(Sampler[list[tuple[int, int]]]):
+    """Micro-batches of one rank, cut out of the global order of the epoch.
+
+    A global batch is one optimiser step's samples over all ranks and accumulation steps. The order is cut into global
+    batches first, each then into micro-batches, each of these over the ranks: so the samples of a step do not depend on
+    the number of ranks. The last, incomplete global batch of an epoch is left out; the next epoch's order is another.
+
+    Args:
+        count: Number of samples.
+        global_batch: Samples a step, over all ranks.
+        micro_batch: Samples a rank takes at once.
+        rank: This rank.
+        world: Number of ranks.
+        seed: Seed of the order.
+
+    Raises:
+        UserError: The batches do not divide, or there are fewer samples than one global batch.
+    """
+
+    def __init__(self, count: int, global_batch: int, micro_batch: int, rank: int, world: int, seed: int) -> None:
+        per_micro_step = micro_batch * world
+        if global_batch % per_micro_step:
+            raise UserError(
+                f"batch_size {global_batch} is not a multiple of micro_batch_size {micro_batch} × {world} rank(s): "
+                f"choose a multiple of {per_micro_step}, or another micro_batch_size"
+            )
+        if count < global_batch:
+            raise UserError(
+                f"{count} training samples are fewer than one batch_size of {global_batch}: lower batch_size"
+            )
+        self.count, self.global_batch, self.micro_batch = count, global_batch, micro_batch
+        self.rank, self.world, self.seed = rank, world, seed
+        self.epoch = 0
+        self.start = 0
+        """Global samples of this epoch to leave out at the next iteration, because they were seen before."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Micro-batches of a whole epoch on each rank."""
+        return self.count // self.global_batch * self.global_batch // (self.micro_batch * self.world)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield micro-batches of (epoch, position), from `start` on."""
+        order = epoch_order(self.count, self.seed, self.epoch)
+        stride = self.micro_batch * self.world
+        for begin in range(self.start, len(self) * stride, stride):
+            mine = begin + self.rank * self.micro_batch
+            yield [(self.epoch, int(position)) for position in order[mine : mine + self.micro_batch]]
+
+
+class EvenSampler(Sampler[list[tuple[int, int]]]):
+    """Evaluation's micro-batches of one rank: every sample, in order, as even as can be.
+
+    Ranks get the same number of batches, so that collectives never wait for one another: the last samples are
+    repeated where needed, and whoever gathers the results drops repeated samples by their position.
+
+    Args:
+        count: Number of samples.
+        micro_batch: Samples a rank takes at once.
+        rank: This rank.
+        world: Number of ranks.
+    """
+
+    def __init__(self, count: int, micro_batch: int, rank: int = 0, world: int = 1) -> None:
+        self.count, self.micro_batch, self.rank, self.world = count, micro_batch, rank, world
+
+    def __len__(self) -> int:
+        """Micro-batches on each rank."""
+        return -(-self._per_rank() // self.micro_batch)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield micro-batches of (0, position)."""
+        mine = [min(self.rank + step * self.world, self.count - 1) for step in range(self._per_rank())]
+        for begin in range(0, len(mine), self.micro_batch):
+            yield [(0, position) for position in mine[begin : begin + self.micro_batch]]
+
+    def _per_rank(self) -> int:
+        return -(-self.count // self.world)

@@ -1,0 +1,92 @@
+"""What an evaluation leaves in the run: a row a target, and pictures."""
+
+from __future__ import annotations
+
+import csv
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from data_shards.batch import TripletBatch
+from trainer.modules.medsam import CaseScore, MedSAMModule, Prediction
+from trainer.run import Run
+
+
+class EvaluationRecord(Callback):
+    """Writes ``evaluation/NAME/per_case.csv`` and ``panels.npz`` after ``trainer test``.
+
+    Args:
+        name: The evaluation's name; by default ``untouched`` without a checkpoint and ``tuned`` with one.
+        panels: How many targets are kept as pictures, evenly spread over the split: the same ones in every evaluation.
+    """
+
+    def __init__(self, name: str | None = None, panels: int = 16) -> None:
+        self.name, self.panels = name, panels
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the samples to show."""
+        count = len(trainer.test_dataloaders.dataset)  # type: ignore[union-attr]
+        self._shown = set(np.linspace(0, count - 1, min(count, self.panels)).round().astype(int).tolist())
+        self._kept: dict[tuple[int, int], dict[str, Any]] = {}
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Prediction, batch: TripletBatch, batch_idx: int
+    ) -> None:
+        """Keep the pictures of the chosen samples."""
+        for q, (position, target) in enumerate(batch.identities):
+            if position in self._shown:
+                image = int(batch.image_index[q])
+                self._kept[position, target] = {
+                    "keys": batch.keys[image],
+                    "terms": batch.terms[q],
+                    "images": to_uint8(batch.images[image].cpu().numpy()),
+                    "truths": batch.masks[q].cpu().numpy().astype(np.uint8),
+                    "predictions": outputs.masks[q].cpu().numpy().astype(np.uint8),
+                    "boxes": outputs.boxes[q].cpu().numpy().astype(np.float32),
+                }
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the table and the pictures."""
+        assert isinstance(pl_module, MedSAMModule)
+        scores, kept = pl_module.gathered_scores(), self._gather()
+        if not trainer.is_global_zero:
+            return
+        name = self.name or ("tuned" if trainer.ckpt_path else "untouched")
+        folder = Run(trainer.default_root_dir).evaluation(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_scores(folder / "per_case.csv", scores)
+        if kept:
+            from trainer.report.panels import save_panels
+
+            columns = {column: [item[column] for item in kept] for column in kept[0]}
+            save_panels(folder / "panels.npz", **columns)
+
+    def _gather(self) -> list[dict[str, Any]]:
+        parts = [self._kept]
+        if torch.distributed.is_initialized():
+            parts = [{} for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather_object(parts, self._kept)
+        merged = {place: item for part in parts for place, item in part.items()}
+        return [merged[place] for place in sorted(merged)]
+
+
+def write_scores(path: Any, scores: list[CaseScore]) -> None:
+    """Write ``per_case.csv``, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="") as handle:
+        rows = [score.row() for score in scores]
+        columns = list(rows[0]) if rows else []
+        writer = csv.DictWriter(handle, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """Image (C, H, W) of any dtype as a picture: (H, W) or (H, W, 3) uint8; other ranges are stretched."""
+    if image.dtype != np.uint8:
+        low, high = float(image.min()), float(image.max())
+        image = ((image - low) / max(high - low, 1e-8) * 255).round().astype(np.uint8)
+    return image[0] if image.shape[0] == 1 else np.moveaxis(image, 0, -1)

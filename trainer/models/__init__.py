@@ -1,0 +1,7 @@
+"""Model families, one file each: nn.Modules without Lightning."""
+
+from trainer.models.base import SegmentationModel
+from trainer.models.litemedsam import LiteMedSAM
+from trainer.models.preprocessing import Preprocessing
+
+__all__ = ["LiteMedSAM", "Preprocessing", "SegmentationModel"]

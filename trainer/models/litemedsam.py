@@ -1,0 +1,175 @@
+"""LiteMedSAM: TinyViT at 256 px with SAM's prompt encoder and mask decoder (bowang-lab, 2024 CVPR challenge baseline).
+
+Shapes: B images, Q prompts, S input side (256 in the original), h w = S/4 in features, S in masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from timm.layers import LayerNorm2d
+from timm.models.tiny_vit import TinyVit
+from torch import Tensor, nn
+from transformers.models.sam.configuration_sam import (
+    SamConfig,
+    SamMaskDecoderConfig,
+    SamPromptEncoderConfig,
+    SamVisionConfig,
+)
+from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder
+
+from data_shards.errors import UserError
+from trainer.models.base import SegmentationModel
+from trainer.models.preprocessing import Preprocessing
+from trainer.models.sam_names import SAM_DECODER, rename
+from trainer.models.weights import load_strictly, read_weights
+from trainer.prompts import Prompts
+
+STRIDE = 4
+"""Input pixels to a side of a feature."""
+WIDTH = 256
+"""Channels of the features."""
+ORIGINAL_SIZE = 256
+"""Input side that the released weights were trained at, in pixels."""
+
+_STAGES = 4
+_ENCODER = (
+    ("image_encoder.neck.", "image_encoder.neck."),
+    ("image_encoder.patch_embed.seq.0.", "image_encoder.trunk.patch_embed.conv1."),
+    ("image_encoder.patch_embed.seq.2.", "image_encoder.trunk.patch_embed.conv2."),
+    ("image_encoder.layers.#.blocks.", "image_encoder.trunk.stages.#.blocks."),
+    # a stage's downsampling is the end of the stage before it in the original, the start of the stage in timm
+    *(
+        (f"image_encoder.layers.{i}.downsample.", f"image_encoder.trunk.stages.{i + 1}.downsample.")
+        for i in range(_STAGES - 1)
+    ),
+)
+
+
+class TinyViTEncoder(nn.Module):
+    """timm's TinyViT in LiteMedSAM's variant: no stride in the patch embedding and in the last stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        trunk = TinyVit(
+            embed_dims=(64, 128, 160, 320),
+            depths=(2, 2, 6, 2),
+            num_heads=(2, 4, 5, 10),
+            window_sizes=(7, 7, 14, 7),
+            drop_path_rate=0.0,
+            num_classes=0,
+        )
+        for norm_conv in (trunk.patch_embed.conv1, trunk.patch_embed.conv2):
+            old = norm_conv.conv
+            norm_conv.conv = nn.Conv2d(old.in_channels, old.out_channels, kernel_size=1, bias=False)
+        trunk.stages[3].downsample.conv2.conv.stride = (1, 1)
+        trunk.head = nn.Identity()
+        self.trunk = trunk
+        self.neck = nn.Sequential(
+            nn.Conv2d(320, WIDTH, kernel_size=1, bias=False),
+            LayerNorm2d(WIDTH, eps=1e-6),
+            nn.Conv2d(WIDTH, WIDTH, kernel_size=3, padding=1, bias=False),
+            LayerNorm2d(WIDTH, eps=1e-6),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, S, S) into features (B, 256, S/4, S/4)."""
+        features = self.trunk.stages(self.trunk.patch_embed(images))
+        encoded: Tensor = self.neck(features)
+        return encoded
+
+
+class LiteMedSAM(SegmentationModel):
+    """LiteMedSAM: 9.79 M parameters, 5.73 M of them in the encoder; runs on a laptop.
+
+    Args:
+        image_size: Input side S in pixels, a multiple of 8. The released weights were trained at 256; smaller is faster.
+        weights: ``litemedsam`` (the released weights), a path, a hub name ``owner/repository:file``, or null for random.
+        weights_sha256: What the weights file must hash to, in hexadecimal; optional.
+    """
+
+    def __init__(
+        self, image_size: int = ORIGINAL_SIZE, weights: str | None = "litemedsam", weights_sha256: str | None = None
+    ) -> None:
+        super().__init__()
+        if image_size < 32 or image_size % 8:
+            raise UserError(f"image_size {image_size}: LiteMedSAM takes a multiple of 8 pixels, 32 or more")
+        self.preprocessing = Preprocessing(image_size=image_size, resize="pad", scaling="minmax")
+        self.image_encoder = TinyViTEncoder()
+        config = SamConfig(
+            vision_config=SamVisionConfig(image_size=image_size, patch_size=STRIDE, hidden_size=WIDTH),
+            prompt_encoder_config=SamPromptEncoderConfig(image_size=image_size, patch_size=STRIDE),
+            # 1e-5 as in the original's nn.LayerNorm; transformers' default of 1e-6 costs 0.014 in the logits
+            mask_decoder_config=SamMaskDecoderConfig(layer_norm_eps=1e-5),
+        )
+        # used outside a PreTrainedModel, nobody chooses the attention kernel: fused, as transformers would by itself
+        config.mask_decoder_config._attn_implementation = "sdpa"
+        self.prompt_encoder = SamPromptEncoder(config)
+        self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
+        # a buffer in the original, a parameter in transformers: it must never learn
+        self.prompt_encoder.shared_embedding.positional_embedding.requires_grad_(False)
+        if weights is not None:
+            load_strictly(self, from_original(read_weights(weights, weights_sha256)), weights)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, S, S) into features (B, 256, S/4, S/4)."""
+        features: Tensor = self.image_encoder(images)
+        return features
+
+    def decode(self, features: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Predict one mask a prompt: logits (Q, 1, S, S) and predicted IoU (Q, 1)."""
+        sparse, dense = self.prompt_encoder(
+            input_points=None, input_labels=None, input_boxes=prompts.boxes[:, None], input_masks=None
+        )
+        masks, scores = self.mask_decoder(
+            image_embeddings=features[prompts.image_index],
+            image_positional_embeddings=self._positions(features.shape[-1]).expand(len(prompts), -1, -1, -1),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        return masks[:, 0], scores[:, 0]
+
+    def layer_ids(self) -> dict[str, int]:
+        """Depth by name: patch embedding 0, the 12 blocks 1 to 12 (a stage's downsampling with its first block), rest 13."""
+        trunk, first_of_stage, depth = self.image_encoder.trunk, [], 1
+        for stage in trunk.stages:
+            first_of_stage.append(depth)
+            depth += len(stage.blocks)
+        ids = {}
+        for name, _ in self.named_parameters():
+            part = name.split(".")
+            if name.startswith("image_encoder.trunk.stages."):
+                ids[name] = first_of_stage[int(part[3])] + (int(part[5]) if part[4] == "blocks" else 0)
+            else:
+                ids[name] = 0 if name.startswith("image_encoder.trunk.patch_embed.") else depth
+        return ids
+
+    def lora_targets(self) -> str:
+        """The linear layers of every TinyViT block: attention's qkv and projection, the MLP's two."""
+        return r"image_encoder\.trunk\..*\.(qkv|proj|fc1|fc2)"
+
+    def _positions(self, side: int) -> Tensor:
+        """Positional encoding of the features' grid: (1, 256, side, side)."""
+        embedding = self.prompt_encoder.shared_embedding
+        ticks = (torch.arange(side, device=embedding.positional_embedding.device, dtype=torch.float32) + 0.5) / side
+        rows, columns = torch.meshgrid(ticks, ticks, indexing="ij")
+        encoded: Tensor = embedding(torch.stack([columns, rows], dim=-1))
+        return encoded.permute(2, 0, 1)[None]
+
+
+def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename LiteMedSAM's released layout (``.c`` convolutions, ``layers``) to ours."""
+    renamed = rename(state, (*_ENCODER, *SAM_DECODER))
+    return {_conv_norm(name, ".c.", ".conv."): tensor for name, tensor in renamed.items()}
+
+
+def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename our layout to LiteMedSAM's released one; the inverse of `from_original`."""
+    shortened = {_conv_norm(name, ".conv.", ".c."): tensor for name, tensor in state.items()}
+    return rename(shortened, (*_ENCODER, *SAM_DECODER), to_original=True)
+
+
+def _conv_norm(name: str, old: str, new: str) -> str:
+    return name.replace(old, new) if name.startswith("image_encoder.") else name

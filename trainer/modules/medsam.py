@@ -1,0 +1,234 @@
+"""Fine-tuning of SAM-like models with box prompts (MedSAM, LiteMedSAM).
+
+Shapes: B images, Q targets, S the model's input side, h w the decoder's mask side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from data_shards.batch import TripletBatch
+from trainer.losses import DiceCrossEntropy, resize_logits
+from trainer.metrics import overlap
+from trainer.models import SegmentationModel
+from trainer.modules.optimization import Schedule, adamw
+from trainer.prompts import BoxPrompts, Prompts
+from trainer.tuning import FullTuning, Tuning
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """One target's result in an evaluation; a row of ``per_case.csv``.
+
+    Attributes:
+        position: Sample position in its corpus, by which repeated samples are dropped.
+        key: Sample key.
+        target: Target position in its sample.
+        term: Clinical term.
+        modality: Modality of the image.
+        area_px: Area of the true mask in native pixels.
+        dsc: Dice similarity coefficient at native resolution.
+        iou: Intersection over union at native resolution.
+    """
+
+    position: int
+    key: str
+    target: int
+    term: str
+    modality: str
+    area_px: int
+    dsc: float
+    iou: float
+
+    def row(self) -> dict[str, Any]:
+        """The columns of the table."""
+        columns = asdict(self)
+        del columns["position"]
+        return columns
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted masks of a batch at native resolution.
+
+    Attributes:
+        masks: Q masks (H, W) bool on the device.
+        scores: (Q,) the model's own estimate of its IoU.
+        boxes: (Q, 4) the prompts, (x0, y0, x1, y1) in native pixels, on the CPU.
+    """
+
+    masks: list[Tensor]
+    scores: Tensor
+    boxes: Tensor
+
+
+class MedSAMModule(LightningModule):
+    """Trains a box-prompted model: every image is encoded once and all its targets are decoded from that.
+
+    Args:
+        model: The foundation model.
+        tuning: What learns, and how fast.
+        prompts: Boxes simulated from the truth.
+        loss: Loss on masks, per target.
+        lr: Learning rate of the heads (of everything, without layer decay).
+        weight_decay: AdamW's decay of matrices and kernels.
+        betas: AdamW's averaging factors.
+        schedule: ``constant`` or ``cosine``, after the warm-up.
+        warmup_steps: Optimiser steps of linear warm-up.
+    """
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        tuning: Tuning | None = None,
+        prompts: BoxPrompts | None = None,
+        loss: DiceCrossEntropy | None = None,
+        lr: float = 1e-4,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        schedule: Schedule = "constant",
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tuning = tuning or FullTuning()
+        self.prompts = prompts or BoxPrompts()
+        self.loss = loss or DiceCrossEntropy()
+        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
+        self.schedule, self.warmup_steps = schedule, warmup_steps
+        self.scores: list[CaseScore] = []
+        """Rows of the evaluation that is running, on this rank."""
+        self.tuning.apply(self.model)
+
+    def forward(self, batch: TripletBatch, epoch: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Decode every target of a batch.
+
+        Args:
+            batch: B images with Q targets.
+            epoch: The epoch in training, None in evaluation: boxes are jittered accordingly.
+
+        Returns:
+            Mask logits (Q, h, w), predicted IoU (Q,), and boxes (Q, 4) in pixels of the model's input.
+        """
+        preprocessing = self.model.preprocessing
+        boxes, valid = preprocessing.boxes(batch.boxes, batch.sizes)
+        boxes = self.prompts(boxes, valid, batch.identities, epoch)
+        features = self.model.encode(preprocessing.images(batch.images, self.device))
+        asked = Prompts(image_index=batch.image_index.to(self.device), boxes=boxes.to(self.device))
+        logits, scores = self.model.decode(features, asked)
+        return logits[:, 0], scores[:, 0], boxes
+
+    def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
+        """Mean loss over the batch's targets."""
+        logits, _, _ = self(batch, epoch=self.current_epoch)
+        side = self.model.preprocessing.image_size
+        logits = resize_logits(logits, (side, side))
+        truths = self.model.preprocessing.masks(batch.masks, self.device)
+        losses = {name: value.mean() for name, value in self.loss(logits, truths).items()}
+        with torch.no_grad():
+            dsc, _ = overlap(logits > 0, truths)
+        shown = {f"train/{name}": value.detach() for name, value in losses.items()} | {"train/dsc": dsc.mean()}
+        self.log_dict(shown, batch_size=len(batch.masks), on_step=True, on_epoch=False)
+        return losses["loss"]
+
+    @torch.no_grad()
+    def predict_masks(self, batch: TripletBatch) -> Prediction:
+        """Predict every target of a batch at native resolution."""
+        logits, scores, boxes = self(batch)
+        preprocessing, index = self.model.preprocessing, batch.image_index.tolist()
+        masks: list[Tensor] = []
+        for image, tensor in enumerate(batch.images):
+            mine = [q for q, owner in enumerate(index) if owner == image]
+            if mine:
+                masks.extend(preprocessing.to_native(logits[mine], *tensor.shape[-2:]) > 0)
+        native = preprocessing.boxes_to_native(boxes, batch.sizes)
+        return Prediction(masks=masks, scores=scores, boxes=native)
+
+    def evaluation_step(self, batch: TripletBatch) -> Prediction:
+        """Predict, score every target at native resolution, and keep the rows."""
+        prediction = self.predict_masks(batch)
+        for q, (position, target) in enumerate(batch.identities):
+            image = int(batch.image_index[q])
+            dsc, iou = overlap(prediction.masks[q][None], batch.masks[q][None].to(self.device))
+            self.scores.append(
+                CaseScore(
+                    position=position,
+                    key=batch.keys[image],
+                    target=target,
+                    term=batch.terms[q],
+                    modality=batch.provenances[image].modality,
+                    area_px=int(batch.masks[q].sum()),
+                    dsc=float(dsc),
+                    iou=float(iou),
+                )
+            )
+        return prediction
+
+    def validation_step(self, batch: TripletBatch, batch_idx: int) -> None:
+        """Score a batch."""
+        self.evaluation_step(batch)
+
+    def test_step(self, batch: TripletBatch, batch_idx: int) -> Prediction:
+        """Score a batch; callbacks take the masks."""
+        return self.evaluation_step(batch)
+
+    def predict_step(self, batch: TripletBatch, batch_idx: int) -> Prediction:
+        """Predict a batch; callbacks take the masks."""
+        return self.predict_masks(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the rows of the last evaluation."""
+        self.scores = []
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the rows of the last evaluation."""
+        self.scores = []
+
+    def on_validation_epoch_end(self) -> None:
+        """Log mean DSC and IoU over all ranks' targets."""
+        self._log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log mean DSC and IoU over all ranks' targets."""
+        self._log_means("test")
+
+    def gathered_scores(self) -> list[CaseScore]:
+        """Every rank's rows in corpus order, each target once."""
+        parts = [self.scores]
+        if torch.distributed.is_initialized():
+            parts = [[] for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather_object(parts, self.scores)
+        rows = {(score.position, score.target): score for part in parts for score in part}
+        return [rows[place] for place in sorted(rows)]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the tuning method's groups."""
+        groups = self.tuning.parameter_groups(self.model, self.lr, self.weight_decay)
+        return adamw(groups, self.betas, self.schedule, self.warmup_steps, self._total_steps())
+
+    def _total_steps(self) -> int:
+        """Optimiser steps of the whole run.
+
+        Not `Trainer.estimated_stepping_batches`: that sets up the loaders before a checkpoint is restored, and the
+        loader's state would then be dropped without a word.
+        """
+        trainer = self.trainer
+        if trainer.max_steps > 0:
+            return trainer.max_steps
+        steps = trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
+        return (trainer.max_epochs or 1) * steps
+
+    def _log_means(self, stage: str) -> None:
+        scores = self.gathered_scores()
+        if scores:
+            means = {
+                f"{stage}/dsc": sum(score.dsc for score in scores) / len(scores),
+                f"{stage}/iou": sum(score.iou for score in scores) / len(scores),
+            }
+            # every rank holds the same rows: nothing is left to reduce
+            self.log_dict(means, sync_dist=False, rank_zero_only=False, prog_bar=True)

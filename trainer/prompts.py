@@ -1,0 +1,76 @@
+"""Prompts simulated from ground truth.
+
+Shapes: B images, Q prompts (flattened over the batch), each pointing at its image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a mask decoder is asked.
+
+    Attributes:
+        image_index: (Q,) int64, the image in the batch that each prompt asks about.
+        boxes: (Q, 4) float32 as (x0, y0, x1, y1) in pixels of the model's input.
+    """
+
+    image_index: Tensor
+    boxes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.image_index)
+
+
+class BoxPrompts:
+    """Boxes around the truth, each side pushed outwards by a random number of pixels.
+
+    The shift is a pure function of (seed, epoch, sample, target): a resumed run, or one on another number of ranks,
+    sees the same boxes.
+
+    Args:
+        max_shift: Largest outward shift of a side in training, in pixels of the model's input; a whole number from 0
+            to `max_shift` is drawn for each side. MedSAM draws up to 20 px at 1024 px (Ma et al. 2024, Methods),
+            LiteMedSAM up to 5 px at 256 px.
+        eval_shift: Outward shift of every side in evaluation, in the same pixels.
+        seed: Seed of the shifts.
+    """
+
+    def __init__(self, max_shift: int = 5, eval_shift: int = 0, seed: int = 0) -> None:
+        if max_shift < 0 or eval_shift < 0:
+            raise ValueError(f"max_shift and eval_shift are pixels >= 0, not {max_shift} and {eval_shift}")
+        self.max_shift, self.eval_shift, self.seed = max_shift, eval_shift, seed
+
+    def __call__(
+        self, boxes: Tensor, sizes: Tensor, identities: Sequence[tuple[int, int]], epoch: int | None
+    ) -> Tensor:
+        """Move the sides of tight boxes outwards.
+
+        Args:
+            boxes: (Q, 4) tight boxes (x0, y0, x1, y1) in pixels of the model's input.
+            sizes: (Q, 2) height and width, in the same pixels, of the image's valid area: boxes stay inside.
+            identities: For each prompt (sample position in its corpus, target position in its sample).
+            epoch: The epoch in training, None in evaluation.
+
+        Returns:
+            (Q, 4) boxes.
+        """
+        if epoch is None:
+            shifts = torch.full_like(boxes, float(self.eval_shift))
+        else:
+            drawn = np.zeros((len(identities), 4), dtype=np.float32)
+            for row, identity in enumerate(identities):
+                generator = np.random.default_rng((self.seed, epoch, *identity))
+                drawn[row] = generator.integers(0, self.max_shift, size=4, endpoint=True)
+            shifts = torch.from_numpy(drawn).to(boxes)
+        low = (boxes[:, :2] - shifts[:, :2]).clamp(min=0)
+        limit = (sizes.flip(1) - 1).to(boxes)
+        high = torch.minimum(boxes[:, 2:] + shifts[:, 2:], limit)
+        return torch.cat([low, high], dim=1)

@@ -1,0 +1,95 @@
+"""A run: a folder that can be read years later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_shards.errors import UserError
+
+
+class Run:
+    """Where a run keeps what; ``trainer.default_root_dir`` in a recipe.
+
+    Args:
+        root: The folder.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.recipe = self.root / "recipe.yaml"
+        self.record = self.root / "run.json"
+        self.stages = self.root / "stages.json"
+        self.trace = self.root / "trace.csv"
+        self.checkpoints = self.root / "checkpoints"
+        self.exports = self.root / "exports"
+
+    @classmethod
+    def existing(cls, root: str | Path) -> Run:
+        """Open a run that `trainer fit` made.
+
+        Raises:
+            UserError: There is no such run.
+        """
+        run = cls(root)
+        if not run.recipe.is_file():
+            raise UserError(f"{root} is no run: it has no recipe.yaml; `trainer fit -c RECIPE` makes one")
+        return run
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to {self.root} ({error.strerror}): choose another trainer.default_root_dir") from error
+
+    def evaluation(self, name: str) -> Path:
+        """Folder of one evaluation: ``untouched`` or ``tuned`` by default."""
+        return self.root / "evaluation" / name
+
+    def last_checkpoint(self) -> Path:
+        """The newest checkpoint.
+
+        Raises:
+            UserError: There is none.
+        """
+        last = self.checkpoints / "last.ckpt"
+        if not last.is_file():
+            raise UserError(f"{self.root} has no checkpoints/last.ckpt: `trainer fit` has not saved one yet")
+        return last
+
+    def add_stage(self, name: str, seconds: float, *, anew: bool = True) -> None:
+        """Record how long a stage took; without `anew`, in addition to what it took before."""
+        stages = read_json(self.stages) if self.stages.is_file() else {}
+        before = 0.0 if anew else stages.get(name, 0.0)
+        write_json(self.stages, {**stages, name: round(before + seconds, 2)})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({type(error).__name__})") from error
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
