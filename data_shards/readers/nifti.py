@@ -5,7 +5,9 @@ Heavy libraries are imported by the functions that use them, so that ``--help`` 
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,10 +28,9 @@ def read_nifti(path: Path, role: Role) -> Volume:
     Raises:
         UserError: The affine does not say which way is up.
     """
-    import nibabel
     from nibabel import orientations
 
-    image = nibabel.load(path)
+    image = _load(path)
     affine = image.affine
     # A singular affine leaves an axis without a direction.
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
@@ -50,10 +51,21 @@ def read_nifti(path: Path, role: Role) -> Volume:
     return Volume(np.ascontiguousarray(array), (z, y, x))
 
 
-def _stored_values(proxy: object) -> np.ndarray:
+def _load(path: Path) -> Any:
+    """Return nibabel's image of a file."""
+    import nibabel
+
+    if not path.name.lower().endswith(".gz"):
+        return nibabel.load(path)
+    # nibabel stops before the checksum at the end of a gzip file: unpacked whole, damage is found.
+    data = gzip.decompress(path.read_bytes())
+    second = 540 in (int.from_bytes(data[:4], "little"), int.from_bytes(data[:4], "big"))
+    return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(data)
+
+
+def _stored_values(proxy: Any) -> np.ndarray:
     """Return the values (X, Y, Z, …) in the machine's byte order, scaled only if the header says so."""
-    slope, inter = getattr(proxy, "slope", 1.0), getattr(proxy, "inter", 0.0)
-    if slope == 1 and inter == 0:
-        array: np.ndarray = np.asanyarray(proxy.get_unscaled())  # type: ignore[attr-defined]
+    if proxy.slope == 1 and proxy.inter == 0:
+        array: np.ndarray = np.asanyarray(proxy.get_unscaled())
         return array.astype(array.dtype.newbyteorder("="), copy=False)
     return np.asarray(proxy, dtype=np.float32)

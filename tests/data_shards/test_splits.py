@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from data_shards.errors import UserError
+from data_shards.splits import ByPatient, Explicit, Slabs
+
+
+@dataclass(frozen=True)
+class Case:
+    id: str
+    patient: str
+    split: str | None = None
+
+
+def test_patients_are_drawn_exactly_and_whatever_the_order() -> None:
+    patients = [f"p{number}" for number in range(200)]
+    split = ByPatient(fractions={"train": 0.7, "validation": 0.1, "test": 0.2}, seed=1)
+    drawn = split.draw(patients)
+    counts = [list(drawn.values()).count(name) for name in split.fractions]
+    assert counts == [140, 20, 40]
+    shuffled = random.Random(0).sample(patients, len(patients)) + patients[:50]
+    assert split.draw(shuffled) == drawn
+    other = ByPatient(fractions=split.fractions, seed=2).draw(patients)
+    assert sum(other[name] != drawn[name] for name in patients) > 30
+
+
+def test_all_cases_of_a_patient_stay_together() -> None:
+    cases = [Case(f"{number}", f"p{number % 10}") for number in range(40)]
+    rules = ByPatient(fractions={"a": 0.5, "b": 0.5}).assign(cases)
+    for number, rule in enumerate(rules):
+        assert rule(0) == rule(99) == rules[number % 10](5)
+
+
+def test_patients_that_do_not_reach_every_split() -> None:
+    with pytest.raises(UserError, match="split 'test' gets none of the 2 patients at a fraction of 0.1"):
+        ByPatient(fractions={"train": 0.9, "test": 0.1}).draw(["a", "b"])
+    with pytest.raises(UserError, match="add up to 1, got 0.9"):
+        ByPatient(fractions={"train": 0.5, "test": 0.4})
+    with pytest.raises(UserError, match="'a/b' cannot name a split"):
+        ByPatient(fractions={"a/b": 1.0})
+
+
+def test_explicit() -> None:
+    cases = [Case("1", "a", "test"), Case("2", "b", "train")]
+    assert [rule(7) for rule in Explicit().assign(cases)] == ["test", "train"]
+    assert Explicit().split_names(cases) == ["test", "train"]
+    with pytest.raises(UserError, match="case '3' names no split"):
+        Explicit().assign([*cases, Case("3", "c")])
+    with pytest.raises(UserError, match="case '1' names split 'test' but the split is 'slabs'"):
+        Slabs().assign(cases)
+
+
+@pytest.mark.parametrize(("thickness", "guard", "names"), [(12, 2, 2), (5, 0, 3), (7, 6, 2), (4, 1, 2)])
+def test_slabs_keep_their_guard(thickness: int, guard: int, names: int) -> None:
+    split = Slabs(start=26, stop=137, thickness=thickness, guard=guard, names=["train", "test", "val"][:names])
+    found = {index: split.of(index) for index in range(200)}
+    assert all(found[index] is None for index in [*range(26), *range(137, 200)])
+    used = {index: name for index, name in found.items() if name is not None}
+    assert set(used.values()) == set(split.names)
+    distance = min(abs(a - b) for a in used for b in used if used[a] != used[b])
+    assert distance == guard + 1
+
+
+def test_slabs_of_the_quickstart() -> None:
+    split = Slabs(start=26, stop=137)
+    train = [index for index in range(189) if split.of(index) == "train"]
+    test = [index for index in range(189) if split.of(index) == "test"]
+    assert (len(train), len(test)) == (50, 43)
+    assert train[:11] == [*range(26, 36), 50] and test[:2] == [38, 39]
+
+
+def test_bad_slabs() -> None:
+    with pytest.raises(UserError, match=r"thickness \(2\) must be above guard \(2\)"):
+        Slabs(thickness=2, guard=2)
+    with pytest.raises(UserError, match="two different splits"):
+        Slabs(names=["train"])
+    with pytest.raises(UserError, match="below stop"):
+        Slabs(start=5, stop=5)
