@@ -133,7 +133,7 @@ def present(targets: list[TargetSpec], mask: np.ndarray) -> list[TargetSpec]:
     """Return the targets with at least one pixel in a mask of any shape."""
     # Counting is several times faster than sorting, where labels are small whole numbers.
     if np.issubdtype(mask.dtype, np.integer) and mask.min() >= 0 and mask.max() < 2**16:
-        values = np.flatnonzero(np.bincount(mask.ravel()))
+        values = np.flatnonzero(np.bincount(mask.ravel().astype(np.uint16, copy=False)))
     else:
         values = np.unique(mask)
     return [target for target in targets if _inside(target, values).any()]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.errors import UserError
+from data_shards.triplet import IMAGE_EXTENSIONS
 
 INDEX_NAME = "index.npz"
 INDEX_VERSION = 1
@@ -62,6 +63,10 @@ def scan_shard(path: Path) -> Iterator[tuple[str, list[Member]]]:
                 if len(data) != item.size:
                     raise UserError(f"{path}: sample '{owner}' is cut off: copy or build the shard again")
                 members.append(Member(extension, item.offset_data, data))
+            # tarfile takes a cut between two members for the end; a whole tar ends with blocks of zeros.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise UserError(f"{path}: the shard is cut off after '{key}': copy or build it again")
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{path}: not a readable tar ({error}): copy or build the shard again") from error
     if key is None:
@@ -231,10 +236,11 @@ class _Table:
     def add(self, shard: int, path: Path, key: str, members: list[Member]) -> None:
         """Add a sample found in a shard."""
         record = next((member for member in members if member.extension == "json"), None)
-        images = [member for member in members if member.extension.startswith("image.")]
+        images = [member for member in members if member.extension in IMAGE_EXTENSIONS]
         if record is None or len(images) != 1:
             found = ", ".join(member.extension for member in members)
-            raise UserError(f"{path}: sample '{key}' needs a json member and one image member, got {found}")
+            wanted = " or ".join(IMAGE_EXTENSIONS)
+            raise UserError(f"{path}: sample '{key}' needs a json member and one image ({wanted}), got {found}")
         try:
             content = json.loads(record.data)
             targets = [(self._number("terms", str(item["term"])), int(item["area"])) for item in content["targets"]]

@@ -5,6 +5,7 @@ Shapes: Z, Y, X as in `readers`; N slices of H rows and W columns.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,8 +74,8 @@ class Window(Intensity):
     kind: Literal["window"] = "window"
 
     def __post_init__(self) -> None:
-        if self.width <= 0:
-            raise UserError(f"width must be above 0, got {self.width:g}")
+        if not (self.width > 0 and math.isfinite(self.width) and math.isfinite(self.level)):
+            raise UserError(f"width must be above 0 and level a number, got {self.width:g} and {self.level:g}")
 
     def fit(self, volume: np.ndarray) -> Rescale:
         """Return the window, whatever the volume."""

@@ -86,6 +86,11 @@ def _expand(case: Case, folder: Path, spec_path: Path) -> Iterator[Source]:
                 )
     image, mask = _locate(case.image, folder), _locate(case.mask, folder)
     if "{id}" not in case.image:
+        if "{id}" in case.patient:
+            raise UserError(
+                f"{spec_path}: cases: patient '{case.patient}': {{id}} has no meaning, '{case.image}' is one file: "
+                "write the patient's identifier"
+            )
         yield Source(case.id or case.image, case.patient, Path(image), Path(mask), case.split)
         return
     if "{id}" not in case.mask or case.id is not None:

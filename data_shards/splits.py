@@ -77,7 +77,7 @@ class ByPatient(Split):
     def __post_init__(self) -> None:
         for name, share in self.fractions.items():
             check_name(name)
-            if share <= 0:
+            if not share > 0:  # nor NaN
                 raise UserError(f"the fraction of '{name}' must be above 0, got {share:g}")
         if abs(sum(self.fractions.values()) - 1) > 1e-6:
             raise UserError(f"the fractions must add up to 1, got {sum(self.fractions.values()):g}")

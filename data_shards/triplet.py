@@ -154,9 +154,12 @@ class Triplet:
                     f"sample '{key}' has format {record['version']}, newer than {FORMAT_VERSION}: update sam-trainer"
                 )
             extension = next(name for name in _DECODERS if name in members)
+            image = _DECODERS[extension](members[extension])
+            if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) or image.size == 0:
+                raise UserError(f"sample '{key}': its image has shape {image.shape}; (H, W) or (H, W, 3) is needed")
             return cls(
                 key=key,
-                image=_DECODERS[extension](members[extension]),
+                image=image,
                 targets=tuple(_from_record(Target, item) for item in record["targets"]),
                 looked_for=tuple(record["looked_for"]),
                 provenance=_from_record(Provenance, record["provenance"]),
@@ -189,7 +192,7 @@ def _encode_png(image: np.ndarray) -> bytes:
 
 
 def _decode_png(data: bytes) -> np.ndarray:
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data), formats=["PNG"])
     array = np.asarray(image)
     return array.astype(np.uint16) if image.mode.startswith("I") else array
 
@@ -207,3 +210,6 @@ def _decode_npy(data: bytes) -> np.ndarray:
 
 _ENCODERS: dict[str, Callable[[np.ndarray], bytes]] = {"image.png": _encode_png, "image.npy": _encode_npy}
 _DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {"image.png": _decode_png, "image.npy": _decode_npy}
+
+IMAGE_EXTENSIONS = tuple(_DECODERS)
+"""Extensions of the members that can be a sample's image."""

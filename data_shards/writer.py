@@ -74,7 +74,7 @@ class ShardWriter:
         return self._tar
 
     def _finish(self) -> None:
-        assert self._tar is not None and self._file is not None  # noqa: S101
+        assert self._tar is not None and self._file is not None
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())

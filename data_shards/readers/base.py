@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,4 +108,7 @@ def read(path: str | Path, role: Role, **options: Any) -> Volume:
     colour = role == "image" and array.ndim == 4 and array.shape[-1] == 3
     if not (array.ndim == 3 or colour) or array.size == 0:
         raise UserError(f"{path}: the {role} has shape {array.shape}; a volume of slices (Z, Y, X) is needed")
-    return volume
+    # Whole numbers, floats and booleans in the machine's byte order: what can be rescaled, stored and made a tensor.
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise UserError(f"{path}: the {role} holds values of type {array.dtype}; plain numbers are needed")
+    return replace(volume, array=array.astype(array.dtype.newbyteorder("="), copy=False))

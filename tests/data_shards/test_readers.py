@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from conftest import LPS_AFFINE, save_nifti
+from toy import LPS_AFFINE, save_nifti
 
 from data_shards.errors import UserError
 from data_shards.readers import read_mask, read_volume
@@ -121,7 +121,7 @@ def test_npz_missing_key_lists_those_present(tmp_path: Path) -> None:
 
 def test_npz_never_unpickles(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", imgs=np.array([{"evil": 1}], dtype=object))
-    with pytest.raises(UserError, match="cannot be read.*allow_pickle"):
+    with pytest.raises(UserError, match=r"cannot be read.*allow_pickle"):
         read_volume(tmp_path / "a.npz")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import base_spec, make_inputs, write_spec
+from toy import base_spec, make_inputs, write_spec
 
 import data_shards
 from data_shards.errors import UserError
@@ -22,8 +22,8 @@ def test_every_catalogue_spec_is_parsed() -> None:
     for path in CATALOGUE:
         spec = load_spec(path)
         assert spec.licence and spec.cite, path
-        lines = path.read_text().splitlines()
-        assert lines[0].startswith("#") and any(f"data-shards build data_shards/catalogue/{path.name}" in x for x in lines)
+        text = path.read_text()
+        assert text.startswith("# ") and f"data-shards build data_shards/catalogue/{path.name}" in text
 
 
 def test_fields_arrive(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_pattern_finds_cases_and_patients(tmp_path: Path) -> None:
     assert sources[1].mask == tmp_path / "gts" / "PAT1_scan_seg.nii.gz"
     cases = [{"image": "imgs/{id}_scan.nii.gz", "mask": "gts/{id}_scan_seg.nii.gz", "patient": "hospital-{id}"}]
     template = write_spec(tmp_path / "b.yaml", cases=cases)
-    assert [source.patient for source in find_sources(load_spec(template), template)][0] == "hospital-PAT0"
+    assert find_sources(load_spec(template), template)[0].patient == "hospital-PAT0"
 
 
 def test_pattern_with_a_folder_per_case(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_pattern_with_a_folder_per_case(tmp_path: Path) -> None:
 )
 def test_cases_that_lead_nowhere(tmp_path: Path, case: dict, message: str) -> None:
     make_inputs(tmp_path, cases=1)
-    path = write_spec(tmp_path / "s.yaml", cases=[{"patient": "p", **case}])
+    path = write_spec(tmp_path / "s.yaml", cases=[{"patient": "{id}" if "{id}" in case["image"] else "p", **case}])
     with pytest.raises(UserError) as caught:
         find_sources(load_spec(path), path)
     assert message in str(caught.value)

@@ -36,9 +36,9 @@ def test_all_cases_of_a_patient_stay_together() -> None:
 
 
 def test_patients_that_do_not_reach_every_split() -> None:
-    with pytest.raises(UserError, match="split 'test' gets none of the 2 patients at a fraction of 0.1"):
+    with pytest.raises(UserError, match=r"split 'test' gets none of the 2 patients at a fraction of 0\.1"):
         ByPatient(fractions={"train": 0.9, "test": 0.1}).draw(["a", "b"])
-    with pytest.raises(UserError, match="add up to 1, got 0.9"):
+    with pytest.raises(UserError, match=r"add up to 1, got 0\.9"):
         ByPatient(fractions={"train": 0.5, "test": 0.4})
     with pytest.raises(UserError, match="'a/b' cannot name a split"):
         ByPatient(fractions={"a/b": 1.0})
