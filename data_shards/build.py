@@ -5,10 +5,13 @@ Layout: ``OUT/{split}/shard-000000.tar``, ``OUT/{split}/index.npz`` and ``OUT/ma
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +69,7 @@ def build(
         cases = _cases(spec, spec_path, root, hasher)
     except UserError as error:
         raise error if str(spec_path) in str(error) else UserError(f"{spec_path}: {error}") from None
-    existing = _existing(out)
+    existing = _existing(out, overwrite)
     if existing is not None:
         reused = _reuse(spec, hasher, cases, existing, out, overwrite)
         if reused is not None:
@@ -102,11 +105,16 @@ def _cases(spec: Spec, spec_path: Path, root: str | Path | None, hasher: Hasher)
     return sorted(cases, key=lambda case: case.volume)
 
 
-def _existing(out: Path) -> dict[str, Any] | None:
-    """Return the manifest of what is at `out`; None where nothing is."""
+def _existing(out: Path, overwrite: bool) -> dict[str, Any] | None:
+    """Return the manifest of what is at `out`, empty if it is damaged and to be replaced; None where nothing is."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    found = manifests.read(out) if out.is_dir() else None
+    try:
+        found = manifests.read(out) if out.is_dir() else None
+    except UserError:
+        if overwrite:
+            return {}
+        raise
     if found is None:
         raise UserError(f"{out}: exists and is no corpus: choose another --out")
     return found
@@ -149,13 +157,17 @@ def _shared_patients(spec: Spec, cases: Sequence[Conversion]) -> list[str]:
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `out` that becomes `out` on success and is removed on any error."""
-    out = Path(os.path.abspath(out))  # noqa: PTH100  # links are kept: the folder is made where the user said
-    folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    made = [parent for parent in out.parents if not parent.exists()]
+    place = out.resolve()  # a link stays a link, and the corpus lies where it points
+    folder = place.with_name(f".{place.name}.{secrets.token_hex(6)}.partial")
+    made = [parent for parent in place.parents if not parent.exists()]
     try:
+        _sweep(place)
         folder.mkdir(parents=True)
-        yield folder
-        _swap(folder, out)
+        with ExitStack() as stack:
+            with suppress(OSError):  # some file systems have no locks: there, nothing is ever swept
+                stack.enter_context(_locked(folder))
+            yield folder
+            _swap(folder, place)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in made:
@@ -166,14 +178,41 @@ def _staged(out: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock on a folder that tells other builds that its own is alive.
+
+    Raises:
+        OSError: Someone else holds it, or the file system has no locks.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sweep(out: Path) -> None:
+    """Remove the hidden folders of builds of `out` that were killed: nobody holds their locks."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+        with suppress(OSError), _locked(folder):
+            shutil.rmtree(folder)
+
+
 def _swap(folder: Path, out: Path) -> None:
     """Put the new corpus in the place of the old one, if any; the old one goes last."""
+    if not out.exists():
+        folder.rename(out)
+        return
     old = folder.with_suffix(".old")
-    if out.exists():
-        out.rename(old)
-    folder.rename(out)
-    if old.exists():
-        shutil.rmtree(old)
+    out.rename(old)
+    try:
+        folder.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(spec: Spec, cases: Sequence[Conversion], folder: Path) -> dict[str, Index]:

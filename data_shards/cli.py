@@ -6,11 +6,19 @@ What a subcommand needs is imported when it runs, so that ``--help`` is fast.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
 
 from data_shards.errors import UserError, nearest, run_command
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_MOST_PROBLEMS = 50
+"""Problems that `verify` prints; a truncated shard can have thousands."""
 
 _HELP = """\
 Turn medical images and their masks into verified shards, and look at them.
@@ -61,14 +69,23 @@ def _run(arguments: list[str]) -> int:
         return 2
     if not arguments[0].startswith("-") and arguments[0] not in commands:
         raise UserError(f"unknown command '{arguments[0]}'{nearest(arguments[0], commands)}")
+    _check_options(arguments, commands.get(arguments[0], parser))
     values, unknown = parser.parse_known_args(arguments)
     if unknown:
-        command = commands[values.command]
-        known = [option for action in command._actions for option in action.option_strings]
-        hint = nearest(unknown[0].partition("=")[0], known) if unknown[0].startswith("-") else ""
-        raise UserError(f"{values.command}: unexpected '{unknown[0]}'{hint}")
+        raise UserError(f"{values.command}: unexpected '{unknown[0]}'; see data-shards {values.command} --help")
     code: int = values.run(values)
     return code
+
+
+def _check_options(arguments: list[str], parser: _Parser) -> None:
+    """Name a misspelt option before argparse complains that the right one is missing."""
+    command = parser.prog.partition(" ")[2]
+    place = f"{command}: " if command else ""
+    known = [option for action in parser._actions for option in action.option_strings]
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    for name in (argument.partition("=")[0] for argument in options):
+        if name.startswith("-") and name != "-" and name not in known:
+            raise UserError(f"{place}unknown option '{name}'{nearest(name, known)}")
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
@@ -96,24 +113,45 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     return parser, dict(group.choices)
 
 
-def _build(values: argparse.Namespace) -> int:
+def _console() -> Console:
     from rich.console import Console
 
+    return Console(markup=False, emoji=False, highlight=False)  # terms and paths may hold brackets and colons
+
+
+def _build(values: argparse.Namespace) -> int:
     from data_shards.build import build, show
 
-    result = build(values.spec, values.out, root=values.root, overwrite=values.overwrite)
+    with _stoppable():
+        result = build(values.spec, values.out, root=values.root, overwrite=values.overwrite)
     for warning in result.warnings:
         print(f"data-shards: warning: {warning}", file=sys.stderr)
-    show(result, Console())
+    show(result, _console())
     return 0
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM, as schedulers send it, unwind like an error does: what was begun is removed."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _verify(values: argparse.Namespace) -> int:
     from data_shards.verify import verify
 
     result = verify(values.dir)
-    for problem in result.problems:
+    for problem in result.problems[:_MOST_PROBLEMS]:
         print(f"data-shards: problem: {problem}", file=sys.stderr)
+    if len(result.problems) > _MOST_PROBLEMS:
+        print(f"data-shards: … and {len(result.problems) - _MOST_PROBLEMS:,} more", file=sys.stderr)
     if result.problems:
         print(f"{len(result.problems)} problems in {result.summary()}")
         return 2
@@ -122,18 +160,16 @@ def _verify(values: argparse.Namespace) -> int:
 
 
 def _inspect(values: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from data_shards import inspect
 
     splits = inspect.open_splits(values.dir)
     if values.sample is not None:
         triplet = inspect.find_sample(splits, values.sample)
-        inspect.show_sample(triplet, Console())
+        inspect.show_sample(triplet, _console())
         if values.png is not None:
             inspect.draw_sample(triplet, values.png)
     else:
-        inspect.show_corpus(splits, Console())
+        inspect.show_corpus(splits, _console())
         if values.png is not None:
             inspect.draw_sheet(splits, values.png)
     if values.png is not None:

@@ -15,10 +15,11 @@ class UserError(Exception):
     """
 
     def __str__(self) -> str:
-        # A DataLoader worker wraps the message of what it raises in a traceback: give back the line only.
+        # A DataLoader worker wraps the message of what it raises in a traceback, whose last entry is the error itself
+        # (those before it are its causes): give back that line only.
         text = super().__str__()
         if "Original Traceback" in text:
-            text = re.split(r"\b\w*Error: ", text.strip())[-1]
+            text = re.split(r"^[\w.]*UserError: ", text, flags=re.MULTILINE)[-1]
         return " ".join(text.split())
 
 
@@ -50,6 +51,9 @@ def run_command(main: Callable[[], int | None], name: str) -> int:
         return main() or 0
     except UserError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(f"{name}: error: {error.filename}: permission denied: change the path or its rights", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

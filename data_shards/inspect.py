@@ -38,7 +38,7 @@ def open_splits(folder: str | Path) -> dict[str, ShardDataset]:
 
 def show_corpus(splits: dict[str, ShardDataset], console: Console) -> None:
     """Print a table of the splits and one of their terms."""
-    overview = _table("split", "slices", "patients", "shards", "MB", "image (of a few)", "index")
+    overview = _table("split", "slices", "patients", "shards", "MB", "images seen", "index")
     for name, dataset in splits.items():
         index = dataset.index
         images = sorted({_describe(dataset[number].image) for number in spread(len(dataset), _SHEET)})
@@ -66,7 +66,7 @@ def find_sample(splits: dict[str, ShardDataset], key: str) -> Triplet:
         found = np.flatnonzero(dataset.index.raw_keys == key.encode("ascii", "replace"))
         if found.size:
             return dataset[int(found[0])]
-    keys = [str(name) for dataset in splits.values() for name in dataset.index.keys[:1000]]
+    keys = [str(name) for dataset in splits.values() for name in dataset.index.raw_keys[:1000].astype(str)]
     hint = nearest(key, keys) if len(key) > 3 else ""
     # Hundreds of keys are no hint.
     raise UserError(f"no sample '{key}'{hint if hint.startswith('; did') else f'; the first is {keys[0]}'}")
@@ -75,6 +75,8 @@ def find_sample(splits: dict[str, ShardDataset], key: str) -> Triplet:
 def show_sample(triplet: Triplet, console: Console) -> None:
     """Print all of a sample but its pixels."""
     table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # a hash is shown whole
     table.add_row("key", triplet.key)
     table.add_row("image", _describe(triplet.image))
     for target in triplet.targets:
@@ -95,7 +97,7 @@ def draw_sample(triplet: Triplet, path: str | Path) -> None:
     height, width = triplet.image.shape[:2]
     figure, axes = _figure(1, 2, (11, 5.5 * max(0.3, min(3.0, height / width)) + 0.6))
     _draw_image(axes[0, 0], triplet)
-    axes[0, 0].set_title(triplet.key, fontsize=8)
+    axes[0, 0].set_title(triplet.key, fontsize=8, parse_math=False)
     _draw_targets(axes[0, 1], triplet)
     _save(figure, path)
 
@@ -170,7 +172,8 @@ def _draw_targets(panel: Axes, triplet: Triplet, before: str = "") -> None:
         panel.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0 + 1, y1 - y0 + 1, fill=False, edgecolor=colour))
     height, width = triplet.image.shape[:2]
     panel.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    panel.set_title(before + (", ".join(target.term for target in triplet.targets) or "no target"), fontsize=9)
+    title = before + (", ".join(target.term for target in triplet.targets) or "no target")
+    panel.set_title(title, fontsize=9, parse_math=False)
 
 
 def _cycle(count: int) -> Sequence[str]:

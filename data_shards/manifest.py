@@ -108,8 +108,10 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content["splits"], dict):
-            raise TypeError("no splits")
+        if not all(isinstance(content[name], dict) for name in ("splits", "spec")):
+            raise TypeError("'splits' and 'spec' must be mappings")
+        if not all("volume" in source for source in content["sources"]):
+            raise TypeError("a source has no volume")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged manifest ({error}): build the corpus again with --overwrite") from error
     return dict(content)
