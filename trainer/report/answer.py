@@ -1,0 +1,134 @@
+"""The answer to a recipe's question in words, and what it does not mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trainer.report.data import RunData, Score, volume_of
+from trainer.report.markup import count, interval, p_value, score, signed
+from trainer.report.statistics import Comparison
+
+UNCHANGED = 0.0005
+"""A mean gain below this shows as 0.000."""
+
+
+def answer(data: RunData) -> str:
+    """One sentence or two with the figures; says so where there is no answer yet."""
+    compared = data.compare("dsc")
+    if compared:
+        return _compared(compared, subject(data))
+    if data.before and data.after:
+        return (
+            "The two evaluations have no target in common, so nothing can be compared: "
+            "evaluate the same split before and after tuning."
+        )
+    only = data.after or data.before
+    if only is None:
+        return "There is no answer yet: this run has not been evaluated."
+    mean = sum(row.dsc for row in only.scores) / len(only.scores)
+    when, other = ("after", "before") if data.after else ("before", "after")
+    return (
+        f"On {subject(data)} mean DSC is {score(mean)} {when} tuning. Whether tuning changed that is not known: "
+        f"there is no evaluation {other} it."
+    )
+
+
+def subject(data: RunData) -> str:
+    """What was scored, such as ``43 unseen slices`` or ``87 targets in 43 test images``.
+
+    "Unseen" is said only where the record of the training shows it.
+    """
+    rows = data.scores()
+    keys = {row.key for row in rows}
+    noun = "slice" if all(row.volume != row.key for row in rows) else "image"
+    kind = "unseen" if data.trained and not keys & data.trained else "test"
+    if len(keys) == len(rows):
+        return count(len(keys), f"{kind} {noun}")
+    return f"{count(len(rows), 'target')} in {count(len(keys), f'{kind} {noun}')}"
+
+
+def limits(data: RunData) -> list[str]:
+    """What statistics and split do not show; one sentence or two each."""
+    rows = data.scores()
+    return [note for note in (_dependence(rows, data), _overlap(rows, data), _unmatched(data)) if note]
+
+
+def _compared(compared: Comparison, what: str) -> str:
+    low, high = compared.gain_ci95 or (0.0, 0.0)
+    ends = f"from {score(compared.before)} to {score(compared.after)}"
+    if low > 0:
+        verdict = f"rose {ends}"
+    elif high < 0:
+        verdict = f"fell {ends}"
+    elif abs(compared.gain) < UNCHANGED:
+        verdict = f"stayed at {score(compared.after)}"
+    else:
+        verdict = f"went {ends}"
+    inside = [signed(compared.gain)]
+    if compared.gain_ci95:
+        inside.append(f"95 % CI {interval(compared.gain_ci95)}")
+    if compared.p_value is not None:
+        inside.append(f"Wilcoxon {p_value(compared.p_value)}")
+    end = ""
+    if compared.gain_ci95 is None:
+        end = " One target allows neither an interval nor a test."
+    elif high < 0:
+        end = " Tuning made it worse here."
+    elif low <= 0:
+        end = " That is no clear change: the interval includes 0."
+    same = compared.count - compared.rose - compared.fell
+    numbers = [f"{compared.rose} rose", f"{compared.fell} fell"] + ([f"{same} stayed the same"] if same else [])
+    listed = f"{', '.join(numbers[:-1])} and {numbers[-1]}"
+    return f"On {what} mean DSC {verdict} ({', '.join(inside)}); {listed}.{end}"
+
+
+def _dependence(rows: Sequence[Score], data: RunData) -> str:
+    keys, volumes = {row.key for row in rows}, {row.volume for row in rows}
+    if len(keys) < 2 and len(rows) < 2:
+        return ""
+    figures = "the interval and p describe" if data.compare("dsc") else "the means describe"
+    if len(volumes) == len(keys):
+        return (
+            f"Several targets share an image and are not independent: {figures} them only."
+            if len(rows) > len(keys)
+            else ""
+        )
+    if len(volumes) == 1:
+        return (
+            f"All {len(keys)} slices come from one volume. Slices of one volume are alike and not independent: "
+            f"{figures} these slices, not other patients."
+        )
+    return (
+        f"The {len(keys)} slices come from {len(volumes)} volumes. Slices of one volume are alike and not independent: "
+        f"{figures} these slices, and are surer than so few volumes allow."
+    )
+
+
+def _overlap(rows: Sequence[Score], data: RunData) -> str:
+    """Warn of evaluated samples, or volumes, that were trained on."""
+    if not data.trained or not rows:
+        return ""
+    keys = {row.key for row in rows}
+    same = keys & data.trained
+    if same:
+        verb = "was" if len(same) == 1 else "were"
+        of = count(len(keys), "evaluated sample")
+        return f"{len(same)} of the {of} {verb} also trained on: the scores after tuning flatter."
+    volumes = {row.volume for row in rows if row.volume != row.key} & {volume_of(key) for key in data.trained}
+    if not volumes:
+        return ""
+    whose = "this volume" if len({row.volume for row in rows}) == 1 else f"{len(volumes)} of these volumes"
+    return f"Other slices of {whose} were trained on."
+
+
+def _unmatched(data: RunData) -> str:
+    pairs = len(data.pairs())
+    if not pairs or not data.before or not data.after:
+        return ""
+    alone = [len(evaluation.scores) - pairs for evaluation in (data.before, data.after)]
+    if not any(alone):
+        return ""
+    return (
+        f"Compared are the {pairs} targets that both evaluations scored; {alone[0]} were scored only before "
+        f"and {alone[1]} only after tuning."
+    )

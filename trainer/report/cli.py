@@ -1,0 +1,89 @@
+"""`trainer report`: writes and names a run's report."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from data_shards.errors import UserError, nearest
+from trainer.run import Run
+
+_HELP = """\
+Write what came out of a run: RUN/report.html to read and send round, RUN/summary.json for programs.
+
+  trainer report runs/quickstart
+
+The report shows the scores before and after tuning with pictures, the training curves, the worst cases, the export
+gate and everything needed to repeat the run. It is one file and needs no network. What the run lacks is named with
+the command that makes it, so a report can be written at any time, also while the run is being trained.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def report_command(arguments: list[str]) -> int:
+    """Write report and summary of a run, and print the result.
+
+    Args:
+        arguments: Those after ``trainer report``.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: The arguments are wrong, there is no such run, or a file of it is damaged.
+    """
+    parser = _Parser(
+        prog="trainer report",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of the run: the recipe's trainer.default_root_dir")
+    try:
+        values, unknown = parser.parse_known_args(arguments)
+    except SystemExit as done:  # --help
+        return int(done.code or 0)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        hint = nearest(unknown[0].partition("=")[0], known) if unknown[0].startswith("-") else ""
+        raise UserError(f"report: unexpected '{unknown[0]}'{hint}")
+    run = Run.existing(values.run)
+
+    from trainer.report import write_report, write_summary
+
+    try:
+        summary, path = write_summary(run), write_report(run)
+    except OSError as error:
+        raise UserError(f"{run.root}: the report cannot be written ({error.strerror or error})") from error
+    _show(run, summary)
+    print(f"report: {path}")
+    return 0
+
+
+def _show(run: Run, summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer.report.data import read_run
+    from trainer.report.markup import UNKNOWN, duration, interval, score
+
+    ends = {name: f"{score(summary[f'{name}_before'])} → {score(summary[f'{name}_after'])}" for name in ("dsc", "iou")}
+    bounds = summary["dsc_gain_ci95"]
+    gain = f"  (gain, 95 % CI: {interval((bounds[0], bounds[1]))})" if bounds else ""
+    rate, verified = summary["images_per_second"], summary["export_verified"]
+    table = Table(show_header=False)
+    table.add_row("targets", UNKNOWN if summary["targets"] is None else f"{summary['targets']:,}")
+    table.add_row("DSC", ends["dsc"] + gain)
+    table.add_row("IoU", ends["iou"])
+    table.add_row("images/s", UNKNOWN if rate is None else f"{rate:.3g}")
+    table.add_row("time", duration(summary["seconds"]))
+    table.add_row("export gate", {True: "verified", False: "NOT verified", None: "no export"}[verified])
+    Console().print(table)
+    for what, command in read_run(run).missing().items():
+        print(f"missing: {what}; made by `{command}`")

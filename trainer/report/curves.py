@@ -1,0 +1,65 @@
+"""The course of a training, put together from the logs of all its attempts."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+from data_shards.errors import UserError
+
+Curve = dict[int, float]
+"""Value by optimiser step, in rising order of steps."""
+
+
+def read_curves(logs: Path) -> dict[str, Curve]:
+    """Merge ``version_*/metrics.csv``.
+
+    A run that was resumed has one version for each attempt: from the first step that an attempt trained, it replaces
+    what earlier attempts logged there and after. Where attempts share a step, the later one counts.
+
+    Args:
+        logs: The folder of the versions; it may be absent.
+
+    Returns:
+        Curves by column, such as ``train/loss``; without columns that have no finite value.
+
+    Raises:
+        UserError: A log is damaged.
+    """
+    merged: dict[str, Curve] = {}
+    for version in sorted(logs.glob("version_*"), key=_number):
+        path = version / "metrics.csv"
+        if not path.is_file():
+            continue
+        columns = _read(path)
+        trained = [step for name, curve in columns.items() if name.startswith("train/") for step in curve]
+        if trained:
+            redone = min(trained)
+            merged = {name: {s: v for s, v in curve.items() if s < redone} for name, curve in merged.items()}
+        for name, curve in columns.items():
+            merged[name] = merged.get(name, {}) | curve
+    return {name: dict(sorted(curve.items())) for name, curve in merged.items() if curve}
+
+
+def _number(version: Path) -> tuple[int, str]:
+    digits = version.name.removeprefix("version_")
+    return (int(digits) if digits.isdecimal() else -1), version.name
+
+
+def _read(path: Path) -> dict[str, Curve]:
+    """Curves of one log; blank cells and values that are not finite are left out."""
+    columns: dict[str, Curve] = {}
+    try:
+        with path.open(newline="") as handle:
+            for row in csv.DictReader(handle):
+                step = int(float(row["step"] or "nan"))
+                for name, cell in row.items():
+                    if name in ("step", "epoch") or not cell:
+                        continue
+                    value = float(cell)
+                    if math.isfinite(value):
+                        columns.setdefault(name, {})[step] = value
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a readable log of metrics ({type(error).__name__}: {error})") from error
+    return columns

@@ -1,0 +1,87 @@
+"""What the checks of the exports found, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.report.markup import Markup, code, score, section, table, text
+
+_WORDS = {True: ("good", "✓ verified"), False: ("bad", "✗ failed"), None: ("open", "? NOT verified")}
+
+
+def gate_word(export: dict[str, Any]) -> Markup:
+    """Verified, failed or not verified, not by colour alone."""
+    kind, word = _WORDS[_verified(export)]
+    return Markup(f'<b class="{kind}">{word}</b>')
+
+
+def gate_figure(exports: Sequence[dict[str, Any]]) -> tuple[Markup, str]:
+    """The gate of all exports: the worst result, and why."""
+    if not exports:
+        return Markup('<span class="open">none</span>'), "this run has not been exported"
+    for wanted in (False, None):
+        found = [export for export in exports if _verified(export) is wanted]
+        if found:
+            kind, word = _WORDS[wanted]
+            why = "; ".join(f"{export['format']}: {reason(export)}" for export in found)
+            return Markup(f'<span class="{kind}">{word}</span>'), why
+    names = ", ".join(f"{export['format']} in {_consumer(export)}" for export in exports)
+    return Markup(f'<span class="good">{_WORDS[True][1]}</span>'), names
+
+
+def reason(export: dict[str, Any]) -> str:
+    """Why an export passed or did not, from its notes and figures."""
+    notes = export.get("notes") or []
+    notes = [notes] if isinstance(notes, str) else [str(note) for note in notes]
+    difference, tolerance = export.get("max_logit_difference"), export.get("tolerance")
+    if not notes and _verified(export) is False and difference is not None and tolerance is not None:
+        notes = [f"logits differ by {difference:.3g}, more than the tolerance of {tolerance:.3g}"]
+    if not notes and _verified(export) is not True:
+        notes = ["no reason was recorded"]
+    return "; ".join(notes)
+
+
+def gate_section(exports: Sequence[dict[str, Any]]) -> str:
+    """The table of the exports; nothing without any."""
+    if not exports:
+        return ""
+    columns = ("Export", "Gate", "Loaded by", "File", "Largest logit difference", "Tolerance", "DSC here", "DSC there")
+    rows = [
+        (
+            code(export["format"]),
+            gate_word(export),
+            _consumer(export),
+            Markup(f"{code(export.get('file'))}<br><small>{text(_short(export.get('sha256')))}</small>"),
+            _number(export.get("max_logit_difference")),
+            _number(export.get("tolerance")),
+            score(export.get("dsc_run")),
+            score(export.get("dsc_consumer")),
+        )
+        for export in exports
+    ]
+    reasons = [(export["format"], reason(export)) for export in exports]
+    notes = "".join(f"<li>{code(name)}: {text(why)}</li>" for name, why in reasons if why)
+    explained = (
+        '<p class="note">An export is verified when the tool that it is for has loaded it with its own loader and '
+        "given the same logits, within the tolerance.</p>"
+    )
+    listed = f'<ul class="note">{notes}</ul>' if notes else ""
+    return section("Export gate", explained, table(columns, rows, label="Exports and their checks", left=4), listed)
+
+
+def _verified(export: dict[str, Any]) -> bool | None:
+    value = export.get("verified")
+    return value if isinstance(value, bool) else None
+
+
+def _consumer(export: dict[str, Any]) -> str:
+    return " ".join(str(export[name]) for name in ("consumer", "consumer_version") if export.get(name)) or "no tool"
+
+
+def _short(digest: Any) -> str | None:
+    return f"sha256 {str(digest)[:16]}…" if digest else None
+
+
+def _number(value: Any) -> str | None:
+    return None if value is None else f"{value:.2g}"

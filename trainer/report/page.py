@@ -1,0 +1,284 @@
+"""The report: one HTML file that needs no network, no script and no other file."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from trainer.report.answer import answer, limits
+from trainer.report.charts import MOST_LINES, line_chart, paired_plot
+from trainer.report.data import Evaluation, RunData, Score
+from trainer.report.gate import gate_figure, gate_section
+from trainer.report.markup import Markup, code, count, duration, facts, paragraph, score, section, signed, table, text
+from trainer.report.pictures import choose, draw
+from trainer.report.style import STYLE
+
+WORST = 10
+"""Rows of the table of worst cases."""
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_LEGEND = (
+    ("truth", "truth", "solid", '<path class="truth" d="M4 9h26"/>'),
+    ("prediction", "prediction", "dashed and filled", '<path class="prediction" d="M4 4h26v10h-26z"/>'),
+    ("prompt", "box", "dotted: the prompt", '<rect class="prompt" x="4" y="4" width="26" height="10"/>'),
+)
+
+
+def render(data: RunData) -> str:
+    """Return the page of a run."""
+    title = text(f"{data.name} – sam-trainer report")
+    body = "\n".join(
+        part
+        for part in (
+            _header(data),
+            _key_figures(data),
+            _panels(data),
+            _training(data),
+            _targets(data),
+            _terms(data),
+            _worst(data),
+            _others(data.others),
+            gate_section(data.exports),
+            _facts(data),
+            _stages(data.stages),
+            _recipe(data.recipe),
+        )
+        if part
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _header(data: RunData) -> str:
+    caveat = f'<div class="aside caveat"><p><b>Caveat.</b> {text(data.caveat)}</p></div>' if data.caveat else ""
+    missing = data.missing()
+    lacks = ""
+    if missing:
+        items = "".join(f"<li>{text(what)}: {code(command)}</li>" for what, command in missing.items())
+        lacks = f'<div class="aside"><p><b>Missing here</b>, and what makes it:</p><ul>{items}</ul></div>'
+    return "\n".join(
+        (
+            '<header>\n<p class="kicker">sam-trainer report</p>',
+            f"<h1>{text(data.name)}</h1>",
+            paragraph(data.question or "The recipe states no question.", "question"),
+            paragraph(answer(data), "answer"),
+            *(paragraph(note, "note") for note in limits(data)),
+            caveat,
+            lacks,
+            "</header>",
+        )
+    )
+
+
+def _key_figures(data: RunData) -> str:
+    model = data.record.get("model") or {}
+    total, trainable = model.get("parameters"), model.get("trainable")
+    rate, fit = data.images_per_second(), data.stages.get("fit")
+    gate, why = gate_figure(data.exports)
+    share = (
+        f"{trainable / total:.2%} of {_millions(total)}".replace("%", " %") if total and trainable is not None else ""
+    )
+    figures = (
+        ("Mean DSC", *_before_after(data, "dsc")),
+        ("Mean IoU", *_before_after(data, "iou")),
+        ("Images per second", f"{rate:,.3g}" if rate else None, "median over the training" if rate else "not logged"),
+        ("Parameters that learn", _millions(trainable), share or "not recorded"),
+        ("Time to fit", duration(fit), data.record.get("hardware") or ""),
+        ("Export gate", gate, why),
+    )
+    items = "\n".join(
+        f'<div><dt>{name}</dt><dd class="big">{text(value)}</dd>'
+        + (f'<dd class="small">{text(small)}</dd></div>' if small else "</div>")
+        for name, value, small in figures
+    )
+    return section("Key figures", f'<dl class="figures">\n{items}\n</dl>')
+
+
+def _before_after(data: RunData, name: str) -> tuple[str | Markup | None, str]:
+    compared = data.compare(name)
+    if compared:
+        small = f"{signed(compared.gain)} on {count(compared.count, 'target')}"
+        return Markup(f'<span class="was">{score(compared.before)} →</span> {score(compared.after)}'), small
+    only = data.after or data.before
+    if only is None:
+        return None, "not evaluated"
+    when = f"{'after' if data.after else 'before'} tuning, {count(len(only.scores), 'target')}"
+    return score(fmean(getattr(row, name) for row in only.scores)), when
+
+
+def _panels(data: RunData) -> str:
+    choices = choose(data)
+    if not choices:
+        return ""
+    kept = max(len(evaluation.panels) for evaluation in (data.before, data.after) if evaluation)
+    legend = "".join(
+        f'<label><input type="checkbox" id="show-{kind}" checked>'
+        f'<svg viewBox="0 0 34 18" aria-hidden="true">{mark}</svg>'
+        f"<span>{name} <small>({how})</small></span></label>"
+        for kind, name, how, mark in _LEGEND
+    )
+    note = (
+        f"{count(len(choices), 'target')} of the {kept} that were kept as pictures, from worst to best by DSC"
+        f"{' after tuning' if data.after else ''}; the numbers are DSC."
+    )
+    figures = "\n".join(draw(choice, number) for number, choice in enumerate(choices))
+    title = "Before and after" if choices[0].before and choices[0].after else "Pictures"
+    return section(
+        title,
+        paragraph(note, "note"),
+        f'<div class="legend" role="group" aria-label="Legend: what is drawn">{legend}</div>',
+        f'<div class="panels">\n{figures}\n</div>',
+    )
+
+
+def _training(data: RunData) -> str:
+    loss, dsc, checks = (data.curves.get(name, {}) for name in ("train/loss", "train/dsc", "val/dsc"))
+    charts = []
+    if loss:
+        charts.append(f"<figure><h3>Loss</h3>{line_chart(loss, name='training loss')}</figure>")
+    if dsc:
+        chart = line_chart(dsc, name="training DSC", bounds=(0.0, 1.0), points=checks)
+        charts.append(f"<figure><h3>DSC</h3>{chart}</figure>")
+    if not charts:
+        return ""
+    marks = " Circles: DSC of the validation split." if dsc and checks else ""
+    note = f"Faint: as logged, a batch a point. Strong: smoothed.{marks}"
+    return section("Training", f'<div class="charts">{"".join(charts)}</div>', paragraph(note, "note"))
+
+
+def _targets(data: RunData) -> str:
+    pairs, compared = data.pairs(), data.compare("dsc")
+    if not compared:
+        return ""
+    named = [(f"{after.key} · {after.term}", before.dsc, after.dsc) for before, after in pairs]
+    gains = [after.dsc - before.dsc for before, after in pairs]
+    fewer = f"<p>Lines are drawn for {MOST_LINES} of them, evenly chosen.</p>" if len(pairs) > MOST_LINES else ""
+    words = facts(
+        (
+            ("Rose (solid blue)", f"{compared.rose} of {compared.count}"),
+            ("Fell (dashed red)", f"{compared.fell} of {compared.count}"),
+            ("Smallest gain", signed(min(gains))),
+            ("Largest gain", signed(max(gains))),
+        )
+    )
+    note = (
+        '<p class="note">A line is a target: point at it for its name. Boxes: quartiles and median; whiskers: the last '
+        "target within 1.5 interquartile ranges.</p>"
+    )
+    figure = f"<figure>{paired_plot(named, 'DSC')}</figure>"
+    return section("Every target", f'<div class="charts">{figure}<div class="words">{words}{note}{fewer}</div></div>')
+
+
+def _terms(data: RunData) -> str:
+    groups: dict[str, list[tuple[Score | None, Score]]] = defaultdict(list)
+    pairs: Sequence[tuple[Score | None, Score]] = data.pairs() or [(None, row) for row in data.scores()]
+    for before, after in pairs:
+        groups[after.term].append((before, after))
+    if not groups:
+        return ""
+    paired = bool(data.pairs())
+    when = "after" if data.after else "before"
+    columns = ["Term", "n", "DSC before", "DSC after", "Gain", "IoU before", "IoU after"]
+    if not paired:
+        columns = ["Term", "n", f"DSC {when}", f"IoU {when}"]
+    rows = [_term(term, groups[term]) for term in sorted(groups, key=lambda term: (-len(groups[term]), term))]
+    foot = _term("all", list(pairs)) if len(groups) > 1 else ()
+    return section("By term", table(columns, rows, label="Scores by term, mean ± standard deviation", foot=foot))
+
+
+def _term(term: str, pairs: Sequence[tuple[Score | None, Score]]) -> tuple[Any, ...]:
+    befores, afters = [before for before, _ in pairs if before], [after for _, after in pairs]
+    if not befores:
+        return term, len(afters), _mean_sd(afters, "dsc"), _mean_sd(afters, "iou")
+    gain = fmean(after.dsc for after in afters) - fmean(before.dsc for before in befores)
+    scores = [_mean_sd(rows, name) for name in ("dsc", "iou") for rows in (befores, afters)]
+    return term, len(afters), *scores[:2], signed(gain), *scores[2:]
+
+
+def _mean_sd(rows: Sequence[Score], name: str) -> str:
+    values = [getattr(row, name) for row in rows]
+    return score(fmean(values)) + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _worst(data: RunData) -> str:
+    pairs = data.pairs()
+    rows: list[tuple[Any, ...]]
+    if pairs:
+        columns = ["Sample", "Term", "Area (px)", "DSC before", "DSC after", "Gain"]
+        rows = [
+            (code(a.key), a.term, f"{a.area_px:,}", score(b.dsc), score(a.dsc), signed(a.dsc - b.dsc))
+            for b, a in sorted(pairs, key=lambda pair: pair[1].dsc)[:WORST]
+        ]
+    else:
+        columns = ["Sample", "Term", "Area (px)", "DSC"]
+        ranked = sorted(data.scores(), key=lambda row: row.dsc)[:WORST]
+        rows = [(code(row.key), row.term, f"{row.area_px:,}", score(row.dsc)) for row in ranked]
+    return section("Worst cases", table(columns, rows, label="The targets with the lowest DSC", left=2)) if rows else ""
+
+
+def _others(evaluations: Sequence[Evaluation]) -> str:
+    if not evaluations:
+        return ""
+    rows = [(e.name, len(e.scores), _mean_sd(e.scores, "dsc"), _mean_sd(e.scores, "iou")) for e in evaluations]
+    return section("Other evaluations", table(("Evaluation", "n", "DSC", "IoU"), rows, label="Other evaluations"))
+
+
+def _facts(data: RunData) -> str:
+    record = data.record
+    if not record:
+        return section(
+            "About the run", paragraph("The run has no run.json, so its circumstances are not known.", "note")
+        )
+    model, versions = record.get("model") or {}, record.get("versions") or {}
+    commit = record.get("git_commit")
+    changed = " with uncommitted changes" if record.get("git_dirty") else ""
+    preprocessing = ", ".join(f"{name} {value}" for name, value in (model.get("preprocessing") or {}).items())
+    known = facts(
+        (
+            ("Model", model.get("name")),
+            ("Tuning", record.get("tuning")),
+            ("Precision", record.get("precision")),
+            ("Hardware", record.get("hardware")),
+            ("Processes", record.get("world_size")),
+            ("Seed", record.get("seed")),
+            ("Preprocessing", preprocessing),
+            ("Git commit", Markup(f"{code(commit)}{changed}") if commit else None),
+            ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        )
+    )
+    splits = [
+        (split, code(of.get("folder")), code(of.get("index_sha256")), of.get("samples"))
+        for split, of in (record.get("data") or {}).items()
+    ]
+    columns = ("Data", "Folder", "SHA-256 of the index", "Samples")
+    shards = table(columns, splits, label="Data of the run", left=3) if splits else ""
+    return section("About the run", known, f'<div class="below">{shards}</div>' if shards else "")
+
+
+def _stages(stages: dict[str, float]) -> str:
+    if not stages:
+        return ""
+    total, longest = math.fsum(stages.values()), max(max(stages.values()), 1e-9)
+    rows = [
+        (name, Markup(f'<span class="bar" style="width:{7 * seconds / longest:.2f}rem"></span>'), duration(seconds))
+        for name, seconds in stages.items()
+    ]
+    columns, foot = ("Stage", "Share", "Time"), ("total", Markup(""), duration(total))
+    return section("Time", table(columns, rows, label="Time by stage", left=2, foot=foot))
+
+
+def _recipe(recipe: str) -> str:
+    return section("Recipe", f"<details><summary>As it was resolved</summary><pre>{text(recipe)}</pre></details>")
+
+
+def _millions(number: int | None) -> str | None:
+    if number is None:
+        return None
+    return f"{number / 1e6:,.2f} M" if number >= 1e6 else f"{number:,}"

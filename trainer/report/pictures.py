@@ -1,0 +1,185 @@
+"""Panels as pictures: the image with outlines of truth, prediction and box.
+
+The image is pixels; the outlines are vectors in its coordinates, (0, 0) being the image's upper left corner.
+Shapes: H, W are an image's height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+from contourpy import contour_generator
+from PIL import Image
+
+from trainer.report.data import Evaluation, RunData
+from trainer.report.markup import score
+from trainer.report.panels import Panel
+
+SIDE = 480
+"""Longest side of a picture in pixels; larger ones are made smaller."""
+SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A target to show.
+
+    Attributes:
+        why: Why this one.
+        before: The panel before tuning, or None.
+        after: The panel after tuning, or None.
+    """
+
+    why: str
+    before: Panel | None
+    after: Panel | None
+
+    @property
+    def panel(self) -> Panel:
+        """The one that it is chosen by."""
+        panel = self.after or self.before
+        assert panel is not None
+        return panel
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square view (x, y, side) in native pixels; it may reach beyond a narrow image."""
+
+    x: int
+    y: int
+    side: int
+
+
+def choose(data: RunData) -> list[Choice]:
+    """Choose worst, quartiles and best by DSC after tuning, and the target that gained least."""
+    before, after = _by_target(data.before), _by_target(data.after)
+    places = [place for place in after if place in before] or list(after or before)
+    pairs = [(before.get(place), after.get(place)) for place in places]
+    ranked = sorted((Choice("", *pair) for pair in pairs), key=lambda choice: choice.panel.dsc)
+    last = len(ranked) - 1
+    wanted = {0: "Worst", last: "Best"} if ranked else {}
+    for share, why in ((0.5, "Median"), (0.25, "Lower quartile"), (0.75, "Upper quartile")):
+        wanted.setdefault(round(share * last), why)
+    if ranked and ranked[0].before and ranked[0].after:
+        gains = [choice.after.dsc - choice.before.dsc for choice in ranked if choice.after and choice.before]
+        wanted.setdefault(int(np.argmin(gains)), "Least gained" if min(gains) >= 0 else "Fell most")
+    for place in np.linspace(0, max(last, 0), SHOWN * 2 - 1).round().astype(int):
+        if ranked and len(wanted) < SHOWN:
+            wanted.setdefault(int(place), "Between")
+    return [Choice(wanted[place], ranked[place].before, ranked[place].after) for place in sorted(wanted)]
+
+
+def crop_of(panel: Panel) -> Crop:
+    """A square around box and truth with a margin; the whole image where the target fills most of it."""
+    height, width = panel.truth.shape
+    rows, columns = np.nonzero(panel.truth)
+    x0, y0, x1, y1 = (float(edge) for edge in panel.box)
+    if len(rows):
+        x0, x1 = min(x0, columns.min()), max(x1, columns.max())
+        y0, y1 = min(y0, rows.min()), max(y1, rows.max())
+    side = round(max(1.5 * max(x1 - x0, y1 - y0) + 1, 48))
+    if side >= 0.9 * max(height, width):
+        side = max(height, width)
+    start = [
+        round(min(max((low + high + 1 - side) / 2, 0), size - side)) if size > side else round((size - side) / 2)
+        for low, high, size in ((x0, x1, width), (y0, y1, height))
+    ]
+    return Crop(start[0], start[1], side)
+
+
+def draw(choice: Choice, number: int) -> str:
+    """A figure with the target before and after; the image is stored once.
+
+    Args:
+        choice: The target.
+        number: Unique on the page.
+    """
+    panel, crop = choice.panel, crop_of(choice.panel)
+    sides = [(name, side) for name, side in (("before", choice.before), ("after", choice.after)) if side]
+    image = f'<g id="target-{number}">{_image(panel, crop)}{_outline(panel.truth, crop, "truth")}</g>'
+    tiles = []
+    for position, (name, side) in enumerate(sides):
+        base = f'<use href="#target-{number}"/>' if position else image
+        label = f"{panel.term} {name} tuning: the prediction overlaps the truth with a DSC of {score(side.dsc)}"
+        parts = base + _outline(side.prediction, crop, "prediction") + _box(side.box)
+        view = f"{crop.x} {crop.y} {crop.side} {crop.side}"
+        tiles.append(
+            f'<div class="tile"><svg viewBox="{view}" role="img" aria-label="{escape(label)}">{parts}</svg>'
+            f"<p>{name} <b>{score(side.dsc)}</b></p></div>"
+        )
+    height, width = panel.truth.shape
+    close = "" if crop.side >= max(height, width) else f" · a square of {crop.side} px"
+    return (
+        f'<figure class="panel"><div class="tiles">{"".join(tiles)}</div><figcaption><b>{escape(choice.why)}</b> · '
+        f"{escape(panel.term)}<br><small>{escape(panel.key)} · {width} × {height} px{close}</small>"
+        "</figcaption></figure>"
+    )
+
+
+def _by_target(evaluation: Evaluation | None) -> dict[tuple[str, str, int], Panel]:
+    """Panels by key, term, and number among the same: panels do not say which target they are."""
+    places: dict[tuple[str, str, int], Panel] = {}
+    for panel in evaluation.panels if evaluation else ():
+        number = next(n for n in itertools.count() if (panel.key, panel.term, n) not in places)
+        places[panel.key, panel.term, number] = panel
+    return places
+
+
+def _image(panel: Panel, crop: Crop) -> str:
+    """The part of the image that is seen, as a PNG or JPEG inside the page, whichever is smaller."""
+    height, width = panel.truth.shape
+    x0, y0 = max(crop.x, 0), max(crop.y, 0)
+    x1, y1 = min(crop.x + crop.side, width), min(crop.y + crop.side, height)
+    picture = Image.fromarray(np.ascontiguousarray(panel.image[y0:y1, x0:x1]))
+    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    encoded = {}
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
+        buffer = io.BytesIO()
+        picture.save(buffer, format=kind, **options)
+        encoded[kind] = buffer.getvalue()
+    # a PNG shows what the model saw; a JPEG only where that would make the page heavy
+    kind = "png" if len(encoded["png"]) < 64_000 else min(encoded, key=lambda kind: len(encoded[kind]))
+    content = base64.b64encode(encoded[kind]).decode("ascii")
+    place = f'x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}" preserveAspectRatio="none"'
+    return f'<image {place} href="data:image/{kind};base64,{content}"/>'
+
+
+def _outline(mask: np.ndarray, crop: Crop, kind: str) -> str:
+    """A mask's outline within the crop, as a path."""
+    coarse = -(-crop.side // (2 * SIDE))  # every n-th pixel of a very large crop
+    x0, y0 = max(crop.x, 0), max(crop.y, 0)
+    part = (mask[y0 : crop.y + crop.side, x0 : crop.x + crop.side] != 0)[::coarse, ::coarse]
+    if not part.any():
+        return ""
+    # a margin of background closes outlines at the border
+    lines = contour_generator(z=np.pad(part, 1).astype(np.float32)).lines(0.5)
+    drawn = "".join(_path(np.asarray(line)) for line in lines)
+    # outlines run through half pixels: doubled, their coordinates are whole, and short to write
+    half = coarse / 2
+    return f'<path class="{kind}" transform="translate({x0 - half:g} {y0 - half:g}) scale({half:g})" d="{drawn}"/>'
+
+
+def _path(points: np.ndarray) -> str:
+    """A closed line (N, 2) as relative moves in half pixels; moves on in the same direction are joined."""
+    doubled = np.rint(points * 2).astype(int)
+    moves = [[int(x), int(y)] for x, y in np.diff(doubled, axis=0)]
+    joined: list[list[int]] = []
+    for x, y in moves:
+        if joined and joined[-1][0] * y == joined[-1][1] * x and joined[-1][0] * x + joined[-1][1] * y > 0:
+            joined[-1] = [joined[-1][0] + x, joined[-1][1] + y]
+        else:
+            joined.append([x, y])
+    start = f"M{doubled[0][0]} {doubled[0][1]}"
+    return start + "l" + " ".join(f"{x} {y}" for x, y in joined).replace(" -", "-") + "z"
+
+
+def _box(box: np.ndarray) -> str:
+    x0, y0, x1, y1 = (float(edge) for edge in box)
+    size = f'width="{x1 - x0 + 1:.1f}" height="{y1 - y0 + 1:.1f}"'
+    return f'<rect class="prompt" x="{x0:.1f}" y="{y0:.1f}" {size}/>'
