@@ -71,9 +71,20 @@ class Target:
         )
 
     def mask(self) -> np.ndarray:
-        """Decode the mask: (H, W) uint8, 1 inside."""
-        decoded: np.ndarray = coco_mask.decode({"size": list(self.size), "counts": self.counts.encode("ascii")})
-        return decoded
+        """Decode the mask: (H, W) uint8, 1 inside.
+
+        Raises:
+            UserError: The run lengths are damaged.
+        """
+        # pycocotools would fill what damaged run lengths leave open with whatever lies in memory, or crash.
+        height, width = self.size
+        runs = _unpack_runs(self.counts)
+        if runs is None or runs.min() < 0 or int(runs.sum()) != height * width:
+            raise UserError(
+                f"the mask of '{self.term}' is damaged: its run lengths do not fill {height} x {width} pixels"
+            )
+        values = (np.arange(len(runs)) % 2).astype(np.uint8)  # outside, inside, outside, …
+        return np.repeat(values, runs).reshape(width, height).T  # columns come one after another
 
 
 @dataclass(frozen=True)
@@ -170,6 +181,28 @@ class Triplet:
             raise UserError(f"sample '{key}' has no image: expected one of {', '.join(_DECODERS)}") from None
         except Exception as error:  # whatever damaged bytes make a decoder raise
             raise UserError(f"sample '{key}' cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _unpack_runs(counts: str) -> np.ndarray | None:
+    """Read COCO's compressed run lengths: (R,) int64, or None where they cannot be read.
+
+    A run is written in groups of 5 bits, lowest first, as a character from 48 on whose bit 32 says that another group
+    follows; bit 16 of the last group is the sign. From the fourth run on, it is the difference to the last but one.
+    """
+    groups = np.frombuffer(counts.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
+    if groups.size == 0 or groups.min() < 0 or groups.max() > 63 or groups[-1] & 32:
+        return None
+    ends = np.flatnonzero(groups & 32 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 8:  # no image has as many pixels
+        return None
+    shifts = 5 * (np.arange(groups.size) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((groups & 31) << shifts, starts)
+    runs -= (groups[ends] >> 4 & 1) << (5 * lengths)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
 
 
 def _from_record(cls: type, record: Mapping[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from data_shards import manifest as manifests
 from data_shards.corpus import split_folders
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
+from data_shards.index import INDEX_NAME
 from data_shards.progress import progress
 from data_shards.sources import file_sha256
 from data_shards.triplet import Target, Triplet
@@ -70,6 +71,9 @@ def verify(folder: str | Path) -> Verification:
             task = bar.add_task(f"verify {name}", total=len(dataset))
             result.problems += _check_split(name, dataset, seen, result, partial(bar.advance, task))
             dataset.close()
+    if manifest:
+        strays = {path.parent for path in folder.glob(f"*/{INDEX_NAME}")} - set(folders.values())
+        result.problems += [f"{path}: the manifest lists no such split: move it away" for path in sorted(strays)]
     result.problems += seen.shared_patients()
     result.seconds = time.perf_counter() - start
     return result
@@ -81,6 +85,7 @@ def _check_split(
     """Yield the problems of one split."""
     index = dataset.index
     yield from index.missing()
+    yield from _strays(dataset)
     present = []
     for shard, size, recorded in zip(index.shard_names, index.shard_sizes, index.shard_sha256, strict=True):
         path = dataset.folder / str(shard)
@@ -105,6 +110,14 @@ def _check_split(
         yield from (f"{place}: {problem}" for problem in found)
 
 
+def _strays(dataset: ShardDataset) -> Iterator[str]:
+    """Yield the files beside the shards that the index does not know: a glob over the folder would read them too."""
+    known = {INDEX_NAME, *map(str, dataset.index.shard_names)}
+    for path in sorted(dataset.folder.iterdir()):
+        if path.name not in known and (not path.name.startswith(".") or path.suffix == ".partial"):
+            yield f"{path}: not part of the corpus: move it away"
+
+
 def _check_sample(triplet: Triplet) -> Iterator[str]:
     """Yield what is wrong inside one sample."""
     for target in triplet.targets:
@@ -117,9 +130,6 @@ def _check_sample(triplet: Triplet) -> Iterator[str]:
             fresh = Target.from_mask(target.mask(), target.term)
         except UserError as error:
             yield str(error)
-            continue
-        except Exception as error:  # whatever damaged run lengths make the decoder raise
-            yield f"the mask of '{target.term}' cannot be decoded ({error})"
             continue
         if fresh.box != target.box:
             yield f"the box of '{target.term}' is {target.box}, that of its mask {fresh.box}"

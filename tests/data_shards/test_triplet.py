@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,6 +96,40 @@ def test_run_lengths_are_those_of_pycocotools(kind: str) -> None:
     # the box holds the indices of the outermost pixels; COCO's is (x, y, width, height)
     x, y, width, height = coco_mask.toBbox(rle).tolist()
     assert target.box == (x, y, x + width - 1, y + height - 1)
+
+
+def test_run_lengths_of_many_shapes_are_read_like_pycocotools() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        size = tuple(rng.integers(1, 90, 2))
+        mask = np.asfortranarray((rng.random(size) < rng.random() ** 3).astype(np.uint8))
+        mask[rng.integers(size[0]), rng.integers(size[1])] = 1
+        np.testing.assert_array_equal(Target.from_mask(mask, "organ").mask(), mask)
+    large = np.zeros((3000, 2000), np.uint8)
+    large[5:2990, 7:1990] = 1
+    large[100:200, 300:400] = 0
+    np.testing.assert_array_equal(Target.from_mask(large, "organ").mask(), large)
+
+
+def test_damaged_run_lengths_are_refused_not_filled_from_memory() -> None:
+    good = Target.from_mask(blob(), "organ")
+    for counts in (
+        "",
+        "0",
+        "1",
+        good.counts[:-1],
+        good.counts + "1",
+        "PPPP",
+        "o",
+        "\x7f~",
+        "é",
+        "o" * 30 + "0",
+        "L" * 9,
+    ):
+        with pytest.raises(UserError, match="the mask of 'organ' is damaged: its run lengths do not fill 11 x 7"):
+            replace(good, counts=counts).mask()
+    with pytest.raises(UserError, match="do not fill 1000000 x 1000000"):
+        replace(good, size=(10**6, 10**6)).mask()
 
 
 def test_an_empty_mask_is_no_target() -> None:

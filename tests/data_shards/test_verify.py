@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy import make_inputs
+
+from data_shards.build import build
+from data_shards.dataset import ShardDataset
+from data_shards.errors import UserError
+from data_shards.index import INDEX_NAME, Index, write_index
+from data_shards.triplet import Triplet
+from data_shards.verify import verify
+from data_shards.writer import ShardWriter
+
+SHARD = "shard-000000.tar"
+
+
+def problems(folder: Path) -> list[str]:
+    found = verify(folder).problems
+    assert all("\n" not in problem for problem in found)
+    return found
+
+
+def test_a_sound_corpus(built: Path) -> None:
+    result = verify(built)
+    assert (result.problems, result.splits, result.samples, result.targets) == ([], 2, 40, 28)
+    assert result.bytes == sum(path.stat().st_size for path in built.rglob("*.tar"))
+    assert result.summary().startswith("40 samples, 28 targets in 2 splits")
+    assert verify(built / "train").samples == 20
+
+
+def test_it_writes_nothing(corpus: Path) -> None:
+    (corpus / "train" / SHARD).write_bytes(b"damage")
+
+    def state() -> dict[str, tuple]:
+        paths = [corpus, *corpus.rglob("*")]
+        return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
+
+    before = state()
+    assert verify(corpus).problems
+    assert state() == before
+
+
+def test_any_flipped_byte_of_a_sample_is_found(corpus: Path) -> None:
+    path, index = corpus / "train" / SHARD, Index.load(corpus / "train")
+    data = path.read_bytes()
+    places = [index.json_offset[3], index.image_offset[7] + index.image_size[7] - 1, index.image_offset[0] + 5]
+    for place, number in zip(map(int, places), (3, 7, 0), strict=True):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        found = problems(corpus)
+        assert len(found) == 2, found
+        assert found[0].startswith(f"{path}: its SHA-256 is not the recorded one")
+        assert found[1] == f"{path}: sample '{index.key(number)}' is damaged, its bytes changed since the build"
+
+
+def test_a_flipped_byte_outside_of_samples_is_found(corpus: Path) -> None:
+    path = corpus / "test" / SHARD
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + b"\x01")
+    assert [problem.partition(":")[0] for problem in problems(corpus)] == [str(path)]
+
+
+def test_truncated_shard(corpus: Path) -> None:
+    path = corpus / "train" / SHARD
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    found = problems(corpus)
+    assert f"{path}: the shard has" in found[0] and "SHA-256" in found[1]
+    damaged = [problem for problem in found if "is damaged" in problem]
+    assert 5 < len(damaged) < 15 and len(damaged) + 2 == len(found)
+
+
+def test_missing_shard_index_and_split(corpus: Path) -> None:
+    (corpus / "train" / SHARD).unlink()
+    assert problems(corpus)[0].startswith(f"{corpus / 'train' / SHARD}: the shard is missing")
+    (corpus / "train" / INDEX_NAME).unlink()
+    assert problems(corpus)[0].startswith(f"{corpus / 'train'}: no index.npz here")
+    shutil.rmtree(corpus / "train")
+    assert problems(corpus)[0].startswith(f"{corpus / 'train'}: no index.npz here")
+    with pytest.raises(UserError, match="no corpus here"):
+        verify(corpus / "elsewhere")
+
+
+def change_index(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    with np.load(folder / INDEX_NAME) as content:
+        arrays = dict(content)
+    change(arrays)
+    np.savez(folder / INDEX_NAME, **arrays)
+
+
+def test_wrong_checksum_in_the_index(corpus: Path) -> None:
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        arrays["crc32"][4] ^= 1
+        arrays["shard_sha256"][0] = "0" * 64
+
+    change_index(corpus / "train", change)
+    key = Index.load(corpus / "train").key(4)
+    found = problems(corpus)
+    assert len(found) == 3
+    assert "the index is not the one that the manifest records" in found[0]
+    assert "its SHA-256 is not the recorded one" in found[1]
+    assert f"sample '{key}' is damaged" in found[2]
+
+
+def test_wrong_statistics_in_the_index(corpus: Path) -> None:
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        arrays["target_area"][0] += 1
+        arrays["patient"][5] ^= 1
+
+    change_index(corpus / "train", change)
+    found = problems(corpus / "train")
+    assert len(found) == 2
+    assert "the index lists other targets" in found[0] and "the index lists another patient" in found[1]
+
+
+def test_extra_files(corpus: Path) -> None:
+    (corpus / "train" / "shard-000001.tar").write_bytes(b"")
+    (corpus / "train" / f".{SHARD}.partial").write_bytes(b"")
+    shutil.copytree(corpus / "test", corpus / "validation")
+    (corpus / "README.txt").write_text("whose corpus this is")
+    assert problems(corpus) == [
+        f"{corpus / 'train' / f'.{SHARD}.partial'}: not part of the corpus: move it away",
+        f"{corpus / 'train' / 'shard-000001.tar'}: not part of the corpus: move it away",
+        f"{corpus / 'validation'}: the manifest lists no such split: move it away",
+    ]
+
+
+def rewrite(folder: Path, change: Callable[[Triplet, dict], None]) -> None:
+    """Write a split again, with an index that fits, after changing the JSON of its samples."""
+    triplets = list(ShardDataset(folder))
+    shutil.rmtree(folder)
+    with ShardWriter(folder, 1000, 2**30) as writer:
+        for triplet in triplets:
+            members = triplet.encode()
+            record = json.loads(members["json"])
+            change(triplet, record)
+            writer.write(triplet.key, {**members, "json": json.dumps(record).encode()})
+    write_index(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("box", [0, 0, 1, 1], "the box of 'left kidney' is (0, 0, 1, 1), that of its mask (6, 5, "),
+        ("area", 1, "the area of 'left kidney' is 1, that of its mask "),
+        ("size", [5, 5], "the mask of 'left kidney' has size (5, 5), its image (24, 20)"),
+        ("counts", "0", "the mask of 'left kidney' is damaged: its run lengths do not fill 24 x 20 pixels"),
+        ("term", "spleen", "'spleen' has a target but was not looked for"),
+    ],
+)
+def test_targets_that_contradict_themselves(corpus: Path, field: str, value: object, message: str) -> None:
+    def change(triplet: Triplet, record: dict) -> None:
+        if record["targets"] and triplet.provenance.slice_index == 5:
+            record["targets"][0][field] = value
+
+    rewrite(corpus / "train", change)
+    (corpus / "manifest.json").unlink()
+    found = problems(corpus)
+    assert len(found) == 2 and all(message in problem and f"{SHARD}: sample 'toy-" in problem for problem in found)
+
+
+def test_leaks_between_splits(corpus: Path, tmp_path: Path) -> None:
+    shutil.rmtree(corpus / "test")
+    shutil.copytree(corpus / "train", corpus / "test")
+    found = problems(corpus)
+    assert sum("the key was already in split 'test'" in problem for problem in found) == 20
+    assert sum("the same slice is in split 'test'" in problem for problem in found) == 20
+    assert sum("is in splits test, train: split by patient" in problem for problem in found) == 2
+
+
+def test_slabs_leak_by_design(tmp_path: Path) -> None:
+    spec = make_inputs(tmp_path, cases=1, split={"kind": "slabs", "thickness": 4, "guard": 1})
+    build(spec, tmp_path / "out")
+    assert problems(tmp_path / "out") == []
+    os.remove(tmp_path / "out" / "manifest.json")
+    assert any("split by patient" in problem for problem in problems(tmp_path / "out"))
