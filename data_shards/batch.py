@@ -58,10 +58,11 @@ class TripletBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TripletBatch:
         """Move images and masks; what is small and indexed by Python stays on the CPU."""
-        move = {"device": device, "non_blocking": non_blocking}
-        return self._replace(
-            images=[image.to(**move) for image in self.images], masks=[mask.to(**move) for mask in self.masks]
-        )
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return self._replace(images=[move(image) for image in self.images], masks=[move(mask) for mask in self.masks])
 
     def pin_memory(self) -> TripletBatch:
         """Pin what `to` moves."""
@@ -107,4 +108,5 @@ def collate(samples: Sequence[Sample]) -> TripletBatch:
 
 def _to_tensor(image: np.ndarray) -> Tensor:
     channels_first = image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)
-    return torch.from_numpy(np.ascontiguousarray(channels_first))
+    # a copy, because an array decoded from a shard may not be written to, and a tensor may
+    return torch.from_numpy(channels_first.copy(order="C"))

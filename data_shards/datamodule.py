@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
@@ -58,6 +59,8 @@ class TripletDataModule(LightningDataModule):
             raise UserError(f"`{stage}` needs data.init_args.{needed[0]}: the folder of that split's shards")
         if stage == "fit" and self.trainer is not None:
             self.trainer.accumulate_grad_batches = self.accumulation(self.trainer.world_size)
+            if "val" not in self.shards:
+                self.trainer.limit_val_batches = 0  # otherwise Lightning wonders about an empty loader
 
     def accumulation(self, world: int) -> int:
         """Micro-batches in one optimiser step on each of `world` ranks."""
@@ -67,6 +70,10 @@ class TripletDataModule(LightningDataModule):
     def steps_per_epoch(self) -> int:
         """Optimiser steps in one epoch."""
         return len(self.shards["train"]) // self.batch_size
+
+    def without_targets(self, split: str) -> int:
+        """Number of samples of an opened split that have no target at all."""
+        return int((np.diff(self.shards[split].index.target_start) == 0).sum())
 
     def train_dataloader(self) -> TripletLoader:
         """Loader in the epoch's global order, resumable."""

@@ -75,6 +75,11 @@ class TripletLoader:
         self._yielded = 0
         self._resume: dict[str, Any] | None = None
 
+    @property
+    def batch_sampler(self) -> GlobalOrderSampler | EvenSampler:
+        """The sampler under its other name: Lightning asks a loader with a `sampler` for both."""
+        return self.sampler
+
     def __len__(self) -> int:
         """Batches of a whole epoch, also while one is being resumed."""
         return len(self.sampler)

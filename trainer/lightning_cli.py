@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -13,14 +14,30 @@ from typing import Any, ClassVar
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from data_shards.errors import UserError, nearest
-from trainer import callbacks
+from trainer.callbacks import (
+    EvaluationRecord,
+    PredictionRecord,
+    ProgressLines,
+    RunBar,
+    RunCheckpoint,
+    RunRecord,
+    SampleTrace,
+    Throughput,
+)
 from trainer.recipe import check_class, check_recipe, dotted_keys
+from trainer.restore import check_fit, find_checkpoint, read_checkpoint
 from trainer.run import Run
+
+EVERY_RUN = (Throughput, SampleTrace, EvaluationRecord, PredictionRecord)
+"""Callbacks of every run; a recipe that names one itself sets it up its own way."""
 
 
 class RecipeParser(LightningArgumentParser):
@@ -47,32 +64,28 @@ class RecipeCLI(LightningCLI):
         super().__init__(
             args=arguments,
             parser_class=RecipeParser,
-            save_config_callback=callbacks.RunRecord,
+            save_config_callback=RunRecord,
             save_config_kwargs={"opening": self.opening},
             seed_everything_default=0,
-            trainer_defaults={
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
-                "callbacks": [
-                    callbacks.progress(),
-                    callbacks.Throughput(),
-                    callbacks.SampleTrace(),
-                    callbacks.EvaluationRecord(),
-                    callbacks.PredictionRecord(),
-                ],
-            },
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Checkpoints are a part of every run."""
-        parser.add_lightning_class_args(callbacks.RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse `args` and nothing else, so without the warning that `sys.argv` is left unused."""
+        self.config = parser.parse_args(args)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults(weights_only=True)  # nothing pickled is trusted
+        if subcommand == "predict":
+            parser.set_defaults(return_predictions=False)  # they go to disk, not into memory
         RecipeParser.keys |= {action.dest for action in parser._actions}
         return parser
 
@@ -87,10 +100,61 @@ class RecipeCLI(LightningCLI):
             loggers.insert(0, CSVLogger(run.root, name="logs", flush_logs_every_n_steps=1))
         return super().instantiate_trainer(logger=loggers, default_root_dir=str(run.root), **kwargs)
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Add what every run records, unless the recipe sets it up itself, and a bar or lines of progress."""
+        wanted = config.get("enable_progress_bar") is not False
+        config["enable_progress_bar"] = wanted and sys.stdout.isatty()
+        named = [*(config.get("callbacks") or []), *callbacks]
+        for kind in EVERY_RUN:
+            if not any(isinstance(callback, kind) for callback in named):
+                callbacks.append(kind())
+        if wanted and not any(isinstance(callback, ProgressBar) for callback in named):
+            callbacks.append(RunBar() if config["enable_progress_bar"] else ProgressLines())
+        return super()._instantiate_trainer(config, callbacks)
+
+    def instantiate_classes(self) -> None:
+        """Make the recipe's objects; what their arguments do wrong is the recipe's mistake.
+
+        Raises:
+            UserError: An argument is refused.
+        """
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UserError(f"recipe {' + '.join(RecipeParser.recipes)}: {explain(str(error), set(), [])}") from error
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        named = arguments.get("ckpt_path")
+        if named is not None:
+            arguments["ckpt_path"] = self._checkpoint(str(named), subcommand)
+        return arguments
+
+    def _checkpoint(self, name: str, subcommand: str) -> str | None:
+        """The checkpoint to load, checked before anything starts; None to start at step 0."""
+        run = Run(self.trainer.default_root_dir)
+        path = find_checkpoint(name, run)
+        if path is None:
+            if subcommand != "fit":  # scoring untouched weights instead would pass for a result
+                run.last_checkpoint()
+            _say(f"no checkpoint in {run.checkpoints} yet: starting at step 0")
+            return None
+        if path.is_file():
+            content = read_checkpoint(path)
+            check_fit(self.model, content["state_dict"], path)
+            if subcommand == "fit":
+                _say(f"going on from {path}, step {content.get('global_step')}")
+        return str(path)
+
     def _run_subcommand(self, subcommand: str) -> None:
         started = time.perf_counter()
         checkpoint = self._get(self.config, "ckpt_path")
-        super()._run_subcommand(subcommand)
+        try:
+            super()._run_subcommand(subcommand)
+        except torch.OutOfMemoryError as error:
+            size = self.datamodule.micro_batch_size
+            lower = f"lower data.init_args.micro_batch_size (now {size}; results stay the same) or the"
+            raise UserError(f"out of GPU memory: {lower if size > 1 else 'lower the'} model's image_size") from error
         if self.trainer.is_global_zero:
             stage = f"evaluate-{'tuned' if checkpoint else 'untouched'}" if subcommand == "test" else subcommand
             seconds = time.perf_counter() - started
@@ -111,7 +175,7 @@ def check_arguments(arguments: list[str]) -> tuple[list[str], str]:
     Returns:
         The recipes, and the first one's opening comment.
     """
-    openings = {}
+    openings: dict[str, str] = {}
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if not equals and position + 1 < len(arguments):
@@ -120,7 +184,21 @@ def check_arguments(arguments: list[str]) -> tuple[list[str], str]:
             openings[value] = check_recipe(value)
         elif name.startswith("--") and re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Z]\w*", value):
             check_class(value, {}, name)
+        elif name.startswith("--"):
+            _check_override(name, list(openings))
     return list(openings), next(iter(openings.values()), "")
+
+
+def _check_override(name: str, recipes: list[str]) -> None:
+    """Check that the class which the recipes name at ``--KEY.init_args.ARGUMENT`` has that argument."""
+    key, found, argument = name.removeprefix("--").rpartition(".init_args.")
+    for recipe in reversed(recipes if found else []):
+        node = yaml.safe_load(Path(recipe).read_text())
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict) and "class_path" in node:
+            check_class(node["class_path"], {argument.split(".")[0]: None}, name)
+            return
 
 
 def explain(message: str, keys: set[str], recipes: list[str]) -> str:
@@ -135,8 +213,12 @@ def explain(message: str, keys: set[str], recipes: list[str]) -> str:
     inner = re.search(r"unknown key '.*?'(; (did you mean '[^']*'\?|known: [\w, ]+))?", text)
     if inner:  # an inner parser has explained it, and the outer ones have wrapped that
         return inner.group()
-    of_union = re.search(r"Errors: - (.*?)(?: - Expected a <class 'NoneType'>.*)?$", text)
-    text = of_union.group(1) if of_union else text
+    named = re.search(r'Parser key "([\w.]+)"', text)
+    # of a union's complaints, wrapped in those of outer unions, the innermost and first says what is wrong
+    text = text.rsplit("Errors: - ", 1)[-1].split(" - Expected a <class 'NoneType'>")[0]
+    explained = re.search(r"(recipe \S+: )?key '[\w.]+': .*", text)
+    if explained:
+        return explained.group()
     unknown = re.search(r"(?:Key|[Oo]ption|[Uu]nrecognized arguments:|nested key)\s*['\"]?(?:--)?([\w.]+)", text)
     if unknown and re.search(r"not expected|not accepted|[Uu]nrecognized|does not accept", text):
         key = unknown.group(1)
@@ -145,9 +227,8 @@ def explain(message: str, keys: set[str], recipes: list[str]) -> str:
         if not siblings:  # the mistake is further up
             last, siblings = key.split(".")[0], _children(keys, "")
         return f"{_file_with(key, recipes)}unknown key '{key}'{nearest(last, siblings)}"
-    named = re.search(r'Parser key "([\w.]+)"', text)
-    plain = text.replace("Parser key ", "key ").replace("<class '", "").replace("'>", "")
-    return (_file_with(named.group(1), recipes) if named else "") + plain
+    plain = re.sub(r'^Parser key "[\w.]+": ', "", text).replace("<class '", "").replace("'>", "").replace("typing.", "")
+    return f"{_file_with(named.group(1), recipes)}key '{named.group(1)}': {plain}" if named else plain
 
 
 def _children(keys: set[str], parent: str) -> set[str]:
@@ -162,6 +243,12 @@ def _file_with(key: str, recipes: list[str]) -> str:
         if any(name == key or name.endswith(f".{key}") for name in found):
             return f"recipe {recipe}: "
     return ""
+
+
+def _say(line: str) -> None:
+    """Print a line, once for all ranks."""
+    if rank_zero_only.rank == 0:
+        print(line, flush=True)
 
 
 def _checkpoint_folder(root: str | None) -> str:
@@ -181,4 +268,3 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", noise)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_shards.errors import UserError
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -45,7 +47,7 @@ class BoxPrompts:
 
     def __init__(self, max_shift: int = 5, eval_shift: int = 0, seed: int = 0) -> None:
         if max_shift < 0 or eval_shift < 0:
-            raise ValueError(f"max_shift and eval_shift are pixels >= 0, not {max_shift} and {eval_shift}")
+            raise UserError(f"max_shift and eval_shift are pixels >= 0, not {max_shift} and {eval_shift}")
         self.max_shift, self.eval_shift, self.seed = max_shift, eval_shift, seed
 
     def __call__(

@@ -50,7 +50,9 @@ class Run:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise UserError(f"cannot write to {self.root} ({error.strerror}): choose another trainer.default_root_dir") from error
+            raise UserError(
+                f"cannot write to {self.root} ({error.strerror}): choose another trainer.default_root_dir"
+            ) from error
 
     def evaluation(self, name: str) -> Path:
         """Folder of one evaluation: ``untouched`` or ``tuned`` by default."""

@@ -3,7 +3,7 @@
 from trainer.callbacks.checkpoint import RunCheckpoint
 from trainer.callbacks.evaluation import EvaluationRecord
 from trainer.callbacks.predictions import PredictionRecord
-from trainer.callbacks.progress import progress
+from trainer.callbacks.progress import ProgressLines, RunBar
 from trainer.callbacks.record import RunRecord
 from trainer.callbacks.throughput import Throughput
 from trainer.callbacks.trace import SampleTrace
@@ -11,9 +11,10 @@ from trainer.callbacks.trace import SampleTrace
 __all__ = [
     "EvaluationRecord",
     "PredictionRecord",
+    "ProgressLines",
+    "RunBar",
     "RunCheckpoint",
     "RunRecord",
     "SampleTrace",
     "Throughput",
-    "progress",
 ]

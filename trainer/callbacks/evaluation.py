@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data_shards.batch import TripletBatch
 from trainer.modules.medsam import CaseScore, MedSAMModule, Prediction
+from trainer.report.panels import save_panels
 from trainer.run import Run
 
 
@@ -27,7 +28,7 @@ class EvaluationRecord(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the samples to show."""
-        count = len(trainer.test_dataloaders.dataset)  # type: ignore[union-attr]
+        count = len(trainer.test_dataloaders.dataset)
         self._shown = set(np.linspace(0, count - 1, min(count, self.panels)).round().astype(int).tolist())
         self._kept: dict[tuple[int, int], dict[str, Any]] = {}
 
@@ -58,8 +59,6 @@ class EvaluationRecord(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         write_scores(folder / "per_case.csv", scores)
         if kept:
-            from trainer.report.panels import save_panels
-
             columns = {column: [item[column] for item in kept] for column in kept[0]}
             save_panels(folder / "panels.npz", **columns)
 
@@ -76,7 +75,7 @@ def write_scores(path: Any, scores: list[CaseScore]) -> None:
     """Write ``per_case.csv``, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", newline="") as handle:
-        rows = [score.row() for score in scores]
+        rows = [{**score.row(), "dsc": f"{score.dsc:.6f}", "iou": f"{score.iou:.6f}"} for score in scores]
         columns = list(rows[0]) if rows else []
         writer = csv.DictWriter(handle, columns, lineterminator="\n")
         writer.writeheader()

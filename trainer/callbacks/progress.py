@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -83,6 +82,10 @@ class ProgressLines(Callback):
         shown = "  ".join(f"{name} {value}" for name, value in shown_metrics(trainer).items())
         print(f"step {trainer.global_step}/{total or '?'}  {shown}  left {self._clock.left(trainer)}", flush=True)
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._last = time.perf_counter()
+
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
@@ -97,8 +100,3 @@ def shown_metrics(trainer: Trainer) -> dict[str, str]:
     names = {"loss": "train/loss", "dsc": "train/dsc", "val dsc": "val/dsc", "images/s": "train/images_per_second"}
     logged = trainer.callback_metrics
     return {short: f"{float(logged[name]):.3g}" for short, name in names.items() if name in logged}
-
-
-def progress() -> Callback:
-    """The bar on a terminal, lines elsewhere."""
-    return RunBar() if sys.stdout.isatty() else ProgressLines()

@@ -21,7 +21,7 @@ PACKAGES = ("sam-trainer", "torch", "lightning", "transformers", "timm", "peft",
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes ``recipe.yaml`` (as resolved, under the recipe's own opening comment) and ``run.json`` when a fit starts."""
+    """Writes ``recipe.yaml`` (resolved, below the recipe's own opening comment) and ``run.json`` at a fit's start."""
 
     def __init__(self, *args: Any, opening: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "overwrite": True, "save_to_log_dir": False})
@@ -42,20 +42,21 @@ def describe(trainer: Trainer, module: LightningModule, opening: str, recipe: di
     """Everything that a reader needs besides the recipe: versions, commit, data, hardware, size of the model."""
     assert isinstance(module, MedSAMModule)
     lines = [line.lstrip("# ").rstrip() for line in opening.splitlines()]
-    question = " ".join(line for line in lines[: lines.index("") if "" in lines else None])
+    first = lines[: lines.index("") if "" in lines else None]
+    question = " ".join(line for line in first if not line.startswith("Caveat: "))
     caveats = [line.removeprefix("Caveat: ") for line in lines if line.startswith("Caveat: ")]
-    sizes = {name: p for name, p in module.model.named_parameters()}
+    sizes = [(p.numel(), p.requires_grad) for p in module.model.parameters()]
     return {
         "name": Path(trainer.default_root_dir).name,
         "question": question,
         "caveat": " ".join(caveats) or None,
         **_git(),
         "versions": {"python": platform.python_version(), **_versions()},
-        "data": _data(trainer.datamodule),  # type: ignore[attr-defined]
+        "data": _data(trainer.datamodule),
         "model": {
             "name": type(module.model).__name__,
-            "parameters": sum(p.numel() for p in sizes.values()),
-            "trainable": sum(p.numel() for p in sizes.values() if p.requires_grad),
+            "parameters": sum(count for count, _ in sizes),
+            "trainable": sum(count for count, learns in sizes if learns),
             "preprocessing": module.model.preprocessing.to_dict(),
         },
         "tuning": type(module.tuning).__name__,

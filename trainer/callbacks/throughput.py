@@ -16,7 +16,7 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._restart()
+        self._restart(trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock: time until `on_validation_end` does not count."""
@@ -29,7 +29,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TripletBatch, batch_idx: int
     ) -> None:
-        """Count images; log at an optimiser step that is logged anyway, so that the device is not waited for more often."""
+        """Count images; log at a step that is logged anyway, so that the device is not waited for more often."""
         self._images += len(batch) * trainer.world_size
         if trainer.global_step == self._step or trainer.global_step % trainer.log_every_n_steps:
             return
@@ -39,5 +39,5 @@ class Throughput(Callback):
         pl_module.log("train/images_per_second", rate, batch_size=1)
         self._restart(trainer.global_step)
 
-    def _restart(self, step: int = 0) -> None:
+    def _restart(self, step: int) -> None:
         self._since, self._images, self._step = time.perf_counter(), 0, step

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class DiceCrossEntropy(nn.Module):
-    """Unweighted sum of Dice loss and binary cross-entropy, as MedSAM trains (Ma et al. 2024, Methods, "Loss function").
+    """Sum of Dice loss and binary cross-entropy, unweighted as in MedSAM (Ma et al. 2024, Methods, "Loss function").
 
     Dice is ``1 - (2 Σ g s + ε) / (Σ g² + Σ s² + ε)``, MONAI's ``DiceLoss(sigmoid=True, squared_pred=True)``, one
     value a mask; cross-entropy is the mean over the mask's pixels. Computed in fp32 whatever the logits' dtype.

@@ -32,6 +32,10 @@ class SegmentationModel(nn.Module, ABC):
         """Depth of every parameter by name, 0 at the input; heads share the highest number."""
 
     @abstractmethod
+    def at_size(self, image_size: int) -> SegmentationModel:
+        """A copy with the same weights that takes another input side in pixels; adapters have been merged."""
+
+    @abstractmethod
     def lora_targets(self) -> str:
         """Regular expression over module names: where low-rank adapters go by default."""
 

@@ -84,8 +84,8 @@ class LiteMedSAM(SegmentationModel):
     """LiteMedSAM: 9.79 M parameters, 5.73 M of them in the encoder; runs on a laptop.
 
     Args:
-        image_size: Input side S in pixels, a multiple of 8. The released weights were trained at 256; smaller is faster.
-        weights: ``litemedsam`` (the released weights), a path, a hub name ``owner/repository:file``, or null for random.
+        image_size: Input side S in pixels, a multiple of 8. The released weights were trained at 256; less is faster.
+        weights: ``litemedsam`` (the released weights), a path, a hub name ``owner/repository:file``; null is random.
         weights_sha256: What the weights file must hash to, in hexadecimal; optional.
     """
 
@@ -132,7 +132,7 @@ class LiteMedSAM(SegmentationModel):
         return masks[:, 0], scores[:, 0]
 
     def layer_ids(self) -> dict[str, int]:
-        """Depth by name: patch embedding 0, the 12 blocks 1 to 12 (a stage's downsampling with its first block), rest 13."""
+        """Depth by name: patch embedding 0, the 12 blocks 1 to 12 (downsampling with the block after it), rest 13."""
         trunk, first_of_stage, depth = self.image_encoder.trunk, [], 1
         for stage in trunk.stages:
             first_of_stage.append(depth)
@@ -145,6 +145,13 @@ class LiteMedSAM(SegmentationModel):
             else:
                 ids[name] = 0 if name.startswith("image_encoder.trunk.patch_embed.") else depth
         return ids
+
+    def at_size(self, image_size: int) -> LiteMedSAM:
+        """A copy for another input side: no weight depends on it."""
+        copy = LiteMedSAM(image_size=image_size, weights=None).to(next(self.parameters()).device)
+        load_strictly(copy, self.state_dict(), "of this model")
+        copy.train(self.training)
+        return copy
 
     def lora_targets(self) -> str:
         """The linear layers of every TinyViT block: attention's qkv and projection, the MLP's two."""

@@ -14,7 +14,10 @@ Renaming = Sequence[tuple[str, str]]
 """Pairs (original, ours) of name parts; `#` stands for a number that is kept. The first pair that matches is used."""
 
 SAM_DECODER: Renaming = (
-    ("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", "prompt_encoder.shared_embedding.positional_embedding"),
+    (
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+        "prompt_encoder.shared_embedding.positional_embedding",
+    ),
     ("prompt_encoder.point_embeddings.#.", "prompt_encoder.point_embed.#."),
     ("prompt_encoder.mask_downscaling.0.", "prompt_encoder.mask_embed.conv1."),
     ("prompt_encoder.mask_downscaling.1.", "prompt_encoder.mask_embed.layer_norm1."),

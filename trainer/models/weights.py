@@ -1,6 +1,6 @@
 """Where weights come from, and the proof that all of them arrived.
 
-A source is a pinned name (``litemedsam``), a local file, a hub name ``owner/repository:file``, or None for random weights.
+A source is a pinned name (``litemedsam``), a local file, or a hub name ``owner/repository:file``.
 Nothing pickled is trusted: files are safetensors, or read with ``weights_only``.
 """
 
@@ -10,6 +10,9 @@ import hashlib
 import importlib.resources
 import importlib.util
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,18 +85,28 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     Raises:
         UserError: Missing, unknown or misshapen keys, the first few by name.
     """
+    found = mismatch(model, state)
+    if found:
+        raise UserError(f"weights {source} do not fit {type(model).__name__}: {found}")
+    training = model.training
+    model.load_state_dict(state, strict=True)
+    model.train(training)  # timm's TinyViT drops its cached attention biases here
+
+
+def mismatch(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Say in what keys and shapes a state dict differs from a model's, the first few by name; empty if in none."""
     own = model.state_dict()
     problems = {
         "missing": sorted(own.keys() - state.keys()),
         "unknown": sorted(state.keys() - own.keys()),
         "misshapen": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
     }
-    found = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" for kind, keys in problems.items() if keys]
-    if found:
-        raise UserError(f"weights {source} do not fit {type(model).__name__}: {'; '.join(found)}")
-    training = model.training
-    model.load_state_dict(state, strict=True)
-    model.train(training)  # timm's TinyViT drops its cached attention biases here
+    found = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+        for kind, keys in problems.items()
+        if keys
+    ]
+    return "; ".join(found)
 
 
 def _locate(source: str) -> tuple[Path, str | None]:
@@ -111,19 +124,30 @@ def _locate(source: str) -> tuple[Path, str | None]:
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w./-]+)?", source) and not path.suffix and not path.parent.is_dir():
         return _from_hub(source), None
     if "/" not in source and not path.suffix:
-        raise UserError(f"weights '{source}': no such name{nearest(source, PINNED)}; or give a file, or owner/repository:file")
+        raise UserError(
+            f"weights '{source}': no such name{nearest(source, PINNED)}; or give a file, or owner/repository:file"
+        )
     raise UserError(f"weights {source}: no such file")
 
 
 def _from_hub(source: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     repository, _, file = source.partition(":")
+    file = file or "model.safetensors"
     try:
-        return Path(hf_hub_download(repository, file or "model.safetensors"))
+        return Path(hf_hub_download(repository, file, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass  # not in the cache
+    try:
+        if not urllib.request.getproxies():  # an unknown host is no reason to try for half a minute
+            socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
+        return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub client raises many kinds: offline, no route, no such repository, gated
+        reason = "no network" if isinstance(error, socket.gaierror) else type(error).__name__
         raise UserError(
-            f"weights '{source}' could not be fetched from the hub ({type(error).__name__}): without a network, "
+            f"weights '{source}' could not be fetched from the hub ({reason}): without a network, "
             "download the file elsewhere and give its path"
         ) from error
 

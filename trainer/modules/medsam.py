@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from data_shards.batch import TripletBatch
+from data_shards.errors import UserError
 from trainer.losses import DiceCrossEntropy, resize_logits
 from trainer.metrics import overlap
 from trainer.models import SegmentationModel
@@ -52,9 +53,9 @@ class CaseScore:
         return columns
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prediction:
-    """Predicted masks of a batch at native resolution.
+    """Predicted masks of a batch at native resolution; not frozen, because Lightning moves it between devices.
 
     Attributes:
         masks: Q masks (H, W) bool on the device.
@@ -105,6 +106,20 @@ class MedSAMModule(LightningModule):
         """Rows of the evaluation that is running, on this rank."""
         self.tuning.apply(self.model)
 
+    def setup(self, stage: str) -> None:
+        """Refuse training data that a box-prompted model cannot learn from.
+
+        Raises:
+            UserError: Samples without a target.
+        """
+        datamodule = self.trainer.datamodule
+        empty = datamodule.without_targets("train") if stage == "fit" and datamodule is not None else 0
+        if empty:
+            raise UserError(
+                f"{datamodule.folders['train']}: {empty} samples have no target, so no box to prompt with: "
+                "build the shards with `slices: {keep: nonempty}`"
+            )
+
     def forward(self, batch: TripletBatch, epoch: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Decode every target of a batch.
 
@@ -139,6 +154,8 @@ class MedSAMModule(LightningModule):
     @torch.no_grad()
     def predict_masks(self, batch: TripletBatch) -> Prediction:
         """Predict every target of a batch at native resolution."""
+        if not batch.masks:
+            return Prediction(masks=[], scores=torch.zeros(0), boxes=torch.zeros(0, 4))
         logits, scores, boxes = self(batch)
         preprocessing, index = self.model.preprocessing, batch.image_index.tolist()
         masks: list[Tensor] = []
@@ -220,7 +237,7 @@ class MedSAMModule(LightningModule):
         trainer = self.trainer
         if trainer.max_steps > 0:
             return trainer.max_steps
-        steps = trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
+        steps = trainer.datamodule.steps_per_epoch
         return (trainer.max_epochs or 1) * steps
 
     def _log_means(self, stage: str) -> None:

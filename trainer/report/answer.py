@@ -66,7 +66,7 @@ def _compared(compared: Comparison, what: str) -> str:
         verdict = f"went {ends}"
     inside = [signed(compared.gain)]
     if compared.gain_ci95:
-        inside.append(f"95 % CI {interval(compared.gain_ci95)}")
+        inside.append(f"95\u00a0%\u00a0CI {interval(compared.gain_ci95)}")
     if compared.p_value is not None:
         inside.append(f"Wilcoxon {p_value(compared.p_value)}")
     end = ""
@@ -76,10 +76,17 @@ def _compared(compared: Comparison, what: str) -> str:
         end = " Tuning made it worse here."
     elif low <= 0:
         end = " That is no clear change: the interval includes 0."
+    return f"On {what} mean DSC {verdict} ({', '.join(inside)}){_each(compared)}.{end}"
+
+
+def _each(compared: Comparison) -> str:
+    """How many targets rose and fell."""
     same = compared.count - compared.rose - compared.fell
-    numbers = [f"{compared.rose} rose", f"{compared.fell} fell"] + ([f"{same} stayed the same"] if same else [])
-    listed = f"{', '.join(numbers[:-1])} and {numbers[-1]}"
-    return f"On {what} mean DSC {verdict} ({', '.join(inside)}); {listed}.{end}"
+    numbers = [(compared.rose, "rose"), (compared.fell, "fell"), (same, "stayed the same")]
+    found = [f"{number} {word}" for number, word in numbers if number]
+    if compared.count == 1:
+        return ""
+    return f"; all {found[0]}" if len(found) == 1 else f"; {', '.join(found[:-1])} and {found[-1]}"
 
 
 def _dependence(rows: Sequence[Score], data: RunData) -> str:

@@ -66,7 +66,10 @@ def table(
 def facts(pairs: Iterable[tuple[str, Any]]) -> str:
     """Names and values; unknown values are left out."""
     items = [(name, value) for name, value in pairs if value not in (None, "")]
-    lines = "\n".join(f"<div><dt>{escape(name)}</dt><dd>{text(value)}</dd></div>" for name, value in items)
+    lines = "\n".join(
+        f"<div{_style('wide' if len(str(value)) > 80 else '')}><dt>{escape(name)}</dt><dd>{text(value)}</dd></div>"
+        for name, value in items
+    )
     return f'<dl class="facts">\n{lines}\n</dl>' if items else ""
 
 
@@ -98,7 +101,7 @@ def p_value(value: float | None) -> str:
     """``p < 0.001`` or two significant digits."""
     if value is None:
         return ""
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+    return "p\u00a0<\u00a00.001" if value < 0.001 else f"p\u00a0=\u00a0{value:.2g}"
 
 
 def duration(seconds: float | None) -> str:

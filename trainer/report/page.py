@@ -69,7 +69,7 @@ def _header(data: RunData) -> str:
             f"<h1>{text(data.name)}</h1>",
             paragraph(data.question or "The recipe states no question.", "question"),
             paragraph(answer(data), "answer"),
-            *(paragraph(note, "note") for note in limits(data)),
+            paragraph(" ".join(limits(data)), "note"),
             caveat,
             lacks,
             "</header>",

@@ -83,7 +83,7 @@ def crop_of(panel: Panel) -> Crop:
     if len(rows):
         x0, x1 = min(x0, columns.min()), max(x1, columns.max())
         y0, y1 = min(y0, rows.min()), max(y1, rows.max())
-    side = round(max(1.5 * max(x1 - x0, y1 - y0) + 1, 48))
+    side = round(max(1.35 * max(x1 - x0, y1 - y0) + 1, 48))
     if side >= 0.9 * max(height, width):
         side = max(height, width)
     start = [
@@ -114,7 +114,7 @@ def draw(choice: Choice, number: int) -> str:
             f"<p>{name} <b>{score(side.dsc)}</b></p></div>"
         )
     height, width = panel.truth.shape
-    close = "" if crop.side >= max(height, width) else f" · a square of {crop.side} px"
+    close = "" if crop.side >= max(height, width) else f", cropped to {crop.side} × {crop.side}"
     return (
         f'<figure class="panel"><div class="tiles">{"".join(tiles)}</div><figcaption><b>{escape(choice.why)}</b> · '
         f"{escape(panel.term)}<br><small>{escape(panel.key)} · {width} × {height} px{close}</small>"

@@ -98,9 +98,9 @@ figcaption small { overflow-wrap: anywhere; }
 .box .median { stroke-width: 3; }
 
 .scroll { overflow-x: auto; margin: 0 0 .8rem; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+table { border-collapse: collapse; min-width: min(100%, 34rem); font-size: .92rem; }
 th { text-align: left; font-weight: 600; color: var(--muted); font-size: .85rem; vertical-align: bottom; }
-th, td { padding: .45rem .9rem .45rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { padding: .45rem 1.5rem .45rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:last-child, td:last-child { padding-right: 0; }
 .number { text-align: right; white-space: nowrap; }
 tfoot td { font-weight: 600; border-bottom: 0; }
@@ -110,6 +110,9 @@ td code { white-space: nowrap; }
   gap: .9rem 2rem; margin: 0; }
 .facts dt { font-size: .85rem; color: var(--muted); }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
+.facts > .wide { grid-column: 1 / -1; }
+.words .facts { margin-bottom: 1.2rem; grid-template-columns: 1fr 1fr; }
+.below { margin-top: 1.6rem; }
 
 @media (max-width: 520px) { .figures { grid-template-columns: 1fr 1fr; } .figures > div { padding: .8rem; }
   .figures .big { font-size: 1.15rem; white-space: normal; } }

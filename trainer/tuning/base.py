@@ -47,7 +47,9 @@ class Tuning(ABC):
             if name in scales:
                 groups[scales[name], weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
         if not groups:
-            raise UserError(f"{type(self).__name__} leaves nothing to learn: check its patterns against the model's names")
+            raise UserError(
+                f"{type(self).__name__} leaves nothing to learn: check its patterns against the model's names"
+            )
         return [
             {"params": parameters, "lr": lr * scale, "weight_decay": decay}
             for (scale, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
@@ -76,9 +78,13 @@ def _mark(model: nn.Module, patterns: Sequence[str], *, requires_grad: bool) -> 
     parameters = dict(model.named_parameters())
     fixed = {name for name in parameters if name.endswith("shared_embedding.positional_embedding")}
     for pattern in patterns:
-        matching = [name for name in parameters if fnmatch(name, pattern) or name.startswith(pattern.rstrip(".*") + ".")]
+        matching = [
+            name for name in parameters if fnmatch(name, pattern) or name.startswith(pattern.rstrip(".*") + ".")
+        ]
         if not matching:
             parts = sorted({name.split(".")[0] for name in parameters})
-            raise UserError(f"pattern '{pattern}' matches no parameter of {type(model).__name__}; its parts: {', '.join(parts)}")
+            raise UserError(
+                f"pattern '{pattern}' matches no parameter of {type(model).__name__}; its parts: {', '.join(parts)}"
+            )
         for name in matching:
             parameters[name].requires_grad_(requires_grad and name not in fixed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from data_shards.errors import UserError
 from trainer.models.base import SegmentationModel
 from trainer.tuning.base import Tuning, freeze
 
@@ -21,7 +22,7 @@ class FullTuning(Tuning):
 
     def __init__(self, layer_decay: float = 1.0, freeze: Sequence[str] = ("prompt_encoder",)) -> None:
         if not 0 < layer_decay <= 1:
-            raise ValueError(f"layer_decay is in (0, 1], not {layer_decay}")
+            raise UserError(f"layer_decay is in (0, 1], not {layer_decay}")
         self.layer_decay, self.frozen = layer_decay, list(freeze)
 
     def apply(self, model: SegmentationModel) -> None:

@@ -34,7 +34,7 @@ class LoRATuning(Tuning):
         train: Sequence[str] = ("mask_decoder",),
     ) -> None:
         if rank < 1:
-            raise ValueError(f"rank is 1 or more, not {rank}")
+            raise UserError(f"rank is 1 or more, not {rank}")
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.targets, self.trained = targets, list(train)
 

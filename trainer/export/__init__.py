@@ -1,0 +1,11 @@
+"""Exports: one file per consumer, and the gate that every export passes."""
+
+from __future__ import annotations
+
+from trainer.export.base import Exporter
+from trainer.export.litemedsam import LiteMedSAMExporter
+
+EXPORTERS: dict[str, Exporter] = {exporter.name: exporter for exporter in (LiteMedSAMExporter(),)}
+"""What ``trainer export --to`` takes, by name."""
+
+__all__ = ["EXPORTERS", "Exporter"]

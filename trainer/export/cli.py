@@ -1,0 +1,148 @@
+"""`trainer export`: weights for other tools, proved to load there."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from data_shards.errors import UserError, nearest
+from trainer.export import EXPORTERS, Exporter
+from trainer.export.gate import TOLERANCE, Verdict, compare, real_samples, require_consumer
+from trainer.models.weights import sha256_of
+from trainer.restore import recipe_of, restore
+from trainer.run import Run, write_json
+
+DESCRIPTION = """\
+Write a run's weights in the format of another tool, then prove it: the tool's own code loads the file, every key of
+it, and its logits are compared with ours on real images. Only an export that passes takes its name on disk.
+
+  trainer export runs/quickstart --to litemedsam --out brain.pth
+
+Adapters (LoRA) are merged first. Beside the file lie FILE.preprocessing.json (what the weights expect of an image)
+and FILE.export.json (what the gate found).
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def export_command(arguments: list[str]) -> int:
+    """Run ``trainer export`` and return its exit code: 0 only if the file is there.
+
+    Raises:
+        UserError: A mistake in the arguments, a run that cannot be exported, or a gate that did not pass.
+    """
+    values = _parser().parse_args(arguments)
+    if values.to not in EXPORTERS:
+        raise UserError(f"there is no export '{values.to}'{nearest(values.to, EXPORTERS)}")
+    exporter = EXPORTERS[values.to]
+    started = time.perf_counter()
+    run, out = Run.existing(values.run), Path(values.out)
+    if out.suffix != exporter.suffix:
+        raise UserError(f"--out {out}: a file for '{exporter.name}' ends in {exporter.suffix}")
+    record = export(run, exporter, out, values.checkpoint, values.images, values.unverified)
+    _print(record)
+    run.add_stage("export", time.perf_counter() - started)
+    return 0
+
+
+def export(
+    run: Run,
+    exporter: Exporter,
+    out: Path,
+    checkpoint: Path | None = None,
+    images: str | None = None,
+    unverified: bool = False,
+) -> dict[str, Any]:
+    """Export a run and pass it through the gate.
+
+    Args:
+        run: The run.
+        exporter: The format.
+        out: File to write; nothing takes this name before the gate has passed.
+        checkpoint: Checkpoint of the run; the newest by default.
+        images: Split of shards for the gate; the run's test split by default.
+        unverified: Write without the gate.
+
+    Returns:
+        The record that is written beside the file and into the run's ``exports`` folder.
+
+    Raises:
+        UserError: The run has no such checkpoint, its model does not fit the format, or the gate did not pass.
+    """
+    samples = []
+    if not unverified:  # before anything slow
+        require_consumer(exporter)
+        samples = real_samples(images or _test_split(run), count=8)
+    module = restore(run, checkpoint)
+    module.tuning.merge(module.model)
+    if not exporter.accepts(module.model):
+        raise UserError(f"{run.root}: a {type(module.model).__name__} cannot be exported to '{exporter.name}'")
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        exporter.write(module.model, partial)
+        verdict = None if unverified else compare(exporter, partial, module.model, samples)
+        if verdict is not None and not verdict.verified:
+            raise UserError(
+                f"export to '{exporter.name}' failed: logits differ by {verdict.max_logit_difference:.2g} from the "
+                f"consumer's, more than {TOLERANCE:g}; nothing was written"
+            )
+        record = _record(exporter, out, sha256_of(partial), verdict, module.model.preprocessing.image_size)
+        preprocessing = module.model.preprocessing.to_dict()
+        partial.replace(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}): choose another --out") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    write_json(out.with_name(out.name + ".preprocessing.json"), preprocessing)
+    write_json(out.with_name(out.name + ".export.json"), record)
+    write_json(run.exports / exporter.name / "export.json", record)
+    return record
+
+
+def _parser() -> _Parser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="trainer export", description=DESCRIPTION, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="the run's folder (trainer.default_root_dir of its recipe)")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help=f"one of: {', '.join(EXPORTERS)}")
+    parser.add_argument("--out", required=True, metavar="FILE", help="file to write; its folder is made")
+    parser.add_argument("--checkpoint", type=Path, metavar="CKPT", help="default: the run's checkpoints/last.ckpt")
+    parser.add_argument("--images", metavar="FOLDER", help="shards for the gate (default: the run's test split)")
+    parser.add_argument("--unverified", action="store_true", help="write without the gate; the record says so")
+    return parser
+
+
+def _test_split(run: Run) -> str | None:
+    folder: str | None = (recipe_of(run).get("data", {}).get("init_args") or {}).get("test")
+    return folder
+
+
+def _record(exporter: Exporter, out: Path, sha256: str, verdict: Verdict | None, trained_at: int) -> dict[str, Any]:
+    notes = list(exporter.notes)
+    if trained_at != exporter.image_size:
+        notes.insert(
+            0, f"Trained at {trained_at} px; {exporter.package} runs at {exporter.image_size} px, see both DSCs."
+        )
+    found = asdict(verdict) if verdict else {"verified": None}
+    return {"format": exporter.name, "file": str(out), "sha256": sha256, **found, "notes": notes}
+
+
+def _print(record: Mapping[str, Any]) -> None:
+    if record["verified"] is None:
+        print(f"NOT verified (--unverified): {record['file']}", file=sys.stderr)
+        return
+    print(
+        f"verified: {record['consumer']} {record['consumer_version']} loads {record['file']}; "
+        f"logits differ by at most {record['max_logit_difference']:.1e} on {record['samples']} images"
+    )
+    print(f"DSC there {record['dsc_consumer']:.3f} at {record['image_size']} px, in the run {record['dsc_run']:.3f}")

@@ -1,0 +1,126 @@
+"""From a run's folder back to its trained module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from torch import Tensor, nn
+
+from data_shards.errors import UserError
+from trainer.models.weights import mismatch
+from trainer.modules import MedSAMModule
+from trainer.recipe import check_recipe
+from trainer.run import Run
+
+
+def restore(run: Run, checkpoint: Path | None = None) -> MedSAMModule:
+    """Rebuild a run's module from its recipe and load a checkpoint of it, every key of it.
+
+    The pretrained weights that the recipe names are not read: the checkpoint replaces all of them.
+
+    Args:
+        run: The run.
+        checkpoint: The checkpoint; the newest by default.
+
+    Returns:
+        The module on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: The recipe is not allowed, there is no checkpoint, or the two do not fit.
+    """
+    path = checkpoint or run.last_checkpoint()
+    module = _build(run.recipe)
+    state = read_checkpoint(path)["state_dict"]
+    check_fit(module, state, path)
+    module.load_state_dict(state, strict=True)
+    return module.eval()
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without unpickling anything but tensors and plain values; tensors are mapped from the file.
+
+    Raises:
+        UserError: It is missing, damaged, or no checkpoint of ours.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint {path}: no such file") from error
+    except Exception as error:  # zip, pickle and tensor errors are of many kinds
+        raise UserError(f"checkpoint {path}: not a readable checkpoint ({type(error).__name__})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise UserError(f"checkpoint {path}: no checkpoint of a run; bare weights go into the model's `weights`")
+    return content
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Check that a checkpoint has every key of a module, and no other.
+
+    Raises:
+        UserError: It does not.
+    """
+    found = mismatch(module, state)
+    if found:
+        raise UserError(f"checkpoint {path} is of another model or tuning than the recipe's: {found}")
+
+
+def find_checkpoint(name: str, run: Run) -> Path | None:
+    """Find the checkpoint that ``--ckpt_path`` names.
+
+    Args:
+        name: ``last``, ``best`` (by the recipe's ``checkpoint.monitor``), or a path.
+        run: The run.
+
+    Returns:
+        The path; None for the last of a run that has none yet.
+
+    Raises:
+        UserError: There is no such checkpoint.
+    """
+    last = run.checkpoints / "last.ckpt"
+    if name == "last":
+        return last if last.exists() else None
+    if name == "best":
+        states = read_checkpoint(run.last_checkpoint()).get("callbacks", {})
+        best = [state["best_model_path"] for state in states.values() if state.get("monitor")]
+        if not best or not Path(best[0]).exists():
+            raise UserError(f"{run.root}: no best checkpoint; it needs checkpoint.monitor in the recipe of the fit")
+        return Path(best[0])
+    if not Path(name).exists():
+        raise UserError(f"checkpoint {name}: no such file; --ckpt_path takes last, best or a path")
+    return Path(name)
+
+
+def recipe_of(run: Run) -> dict[str, Any]:
+    """The run's resolved recipe, checked.
+
+    Raises:
+        UserError: It is damaged or names a class that is not allowed.
+    """
+    check_recipe(run.recipe)
+    content: dict[str, Any] = yaml.safe_load(run.recipe.read_text())
+    return content
+
+
+def _build(recipe: Path) -> MedSAMModule:
+    node = recipe_of(Run(recipe.parent))["model"]
+    arguments = node["init_args"]["model"].get("init_args") or {}
+    for name in arguments.keys() & {"weights", "weights_sha256"}:
+        arguments[name] = None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(MedSAMModule, "model", required=True)
+    try:
+        config = parser.parse_object({"model": node})
+    except Exception as error:
+        raise UserError(f"recipe {recipe}: {_first_line(error)}") from error
+    module: MedSAMModule = parser.instantiate_classes(config).model
+    return module
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
