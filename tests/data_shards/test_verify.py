@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -177,5 +176,5 @@ def test_slabs_leak_by_design(tmp_path: Path) -> None:
     spec = make_inputs(tmp_path, cases=1, split={"kind": "slabs", "thickness": 4, "guard": 1})
     build(spec, tmp_path / "out")
     assert problems(tmp_path / "out") == []
-    os.remove(tmp_path / "out" / "manifest.json")
+    (tmp_path / "out" / "manifest.json").unlink()
     assert any("split by patient" in problem for problem in problems(tmp_path / "out"))

@@ -1,0 +1,412 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from toy import LPS_AFFINE, SHAPE, make_case, make_inputs, save_nifti, write_spec
+
+from data_shards.build import build
+from data_shards.dataset import ShardDataset
+from data_shards.errors import UserError
+from data_shards.preprocessing import Window
+from data_shards.triplet import Triplet
+from data_shards.verify import verify
+
+
+def samples(folder: Path, split: str) -> list[Triplet]:
+    return list(ShardDataset(folder / split))
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every path, files with their inode and time: what a build left alone keeps both."""
+    found = {path: path.stat() for path in sorted(folder.rglob("*"))}
+    return {
+        str(path.relative_to(folder)): (stat.st_ino, stat.st_mtime_ns) if path.is_file() else (0, 0)
+        for path, stat in found.items()
+    }
+
+
+def test_samples_hold_the_slices_of_the_volume(tmp_path: Path) -> None:
+    build(make_inputs(tmp_path, cases=1, split={"kind": "patients", "fractions": {"all": 1.0}}), tmp_path / "out")
+    image, labels = make_case(0)
+    found = samples(tmp_path / "out", "all")
+    assert [triplet.provenance.slice_index for triplet in found] == [2, 3, 4, 5, 6, 7]
+    window = Window(level=40, width=400)
+    for triplet in found:
+        number = triplet.provenance.slice_index
+        assert number is not None and triplet.key.endswith(f"-a{number:05d}")
+        np.testing.assert_array_equal(triplet.image, window.apply(image)[number])
+        assert [target.term for target in triplet.targets] == ["left kidney", "renal cyst"][: 1 + (number == 4)]
+        for target, value in zip(triplet.targets, (1, 2), strict=False):
+            np.testing.assert_array_equal(target.mask(), labels[number] == value)
+        assert triplet.looked_for == ("left kidney", "renal cyst")
+        assert triplet.targets[0].synonyms == ("kidney, left",)
+
+
+def test_provenance_says_where_and_how_but_not_who(tmp_path: Path) -> None:
+    build(make_inputs(tmp_path), tmp_path / "out")
+    origin = samples(tmp_path / "out", "train")[0].provenance
+    assert (origin.dataset, origin.modality, origin.axis) == ("toy", "CT", "axial")
+    assert (origin.spacing, origin.slice_spacing) == ((0.75, 0.5), 2.0)
+    assert origin.intensity == {"kind": "window", "low": -160.0, "high": 240.0, "range": [0, 255]}
+    assert len(origin.source_sha256) == 64
+    for path in (tmp_path / "out").rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert b"PAT" not in data and str(tmp_path).encode() not in data, path
+
+
+@pytest.mark.parametrize(
+    ("axis", "spacing", "slice_spacing", "count"),
+    [("axial", (0.75, 0.5), 2.0, 6), ("coronal", (2.0, 0.5), 0.75, 11), ("sagittal", (2.0, 0.75), 0.5, 4)],
+)
+def test_physical_spacing_follows_the_axis(
+    tmp_path: Path, axis: str, spacing: tuple, slice_spacing: float, count: int
+) -> None:
+    path = make_inputs(tmp_path, cases=1, slices={"axis": axis}, split={"kind": "patients", "fractions": {"all": 1.0}})
+    build(path, tmp_path / "out")
+    found = samples(tmp_path / "out", "all")
+    assert len(found) == count
+    assert {(t.provenance.spacing, t.provenance.slice_spacing) for t in found} == {(spacing, slice_spacing)}
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LAS", "LPI", "SPR", "AIL"])
+def test_any_orientation_gives_the_same_triplets(tmp_path: Path, codes: str) -> None:
+    orientations = nibabel.orientations
+    split = {"kind": "patients", "fractions": {"all": 1.0}}
+    reference = make_inputs(tmp_path / "lps", cases=1, split=split)
+    build(reference, tmp_path / "expected")
+    for path in (tmp_path / "lps").rglob("*.nii.gz"):
+        image = nibabel.load(path)
+        turn = orientations.ornt_transform(orientations.io_orientation(image.affine), orientations.axcodes2ornt(codes))
+        turned = image.as_reoriented(turn)
+        assert "".join(nibabel.aff2axcodes(turned.affine)) == codes
+        target = tmp_path / "turned" / path.relative_to(tmp_path / "lps")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nibabel.save(turned, target)
+    build(reference, tmp_path / "out", root=tmp_path / "turned")
+    for expected, found in zip(samples(tmp_path / "expected", "all"), samples(tmp_path / "out", "all"), strict=True):
+        np.testing.assert_array_equal(found.image, expected.image)
+        assert (found.key, found.targets) == (expected.key, expected.targets)
+        assert found.provenance.spacing == expected.provenance.spacing
+        assert found.provenance.slice_spacing == expected.provenance.slice_spacing
+
+
+def test_no_patient_is_in_two_splits(tmp_path: Path) -> None:
+    for patient in range(10):
+        for scan in ("a", "b"):
+            image, labels = make_case(patient)
+            save_nifti(tmp_path / "imgs" / f"PAT{patient}_{scan}.nii.gz", image)
+            save_nifti(tmp_path / "gts" / f"PAT{patient}_{scan}_seg.nii.gz", labels)
+    split = {"kind": "patients", "fractions": {"train": 0.6, "val": 0.2, "test": 0.2}}
+    result = build(write_spec(tmp_path / "s.yaml", split=split), tmp_path / "out")
+    owners = {name: {t.provenance.patient for t in samples(tmp_path / "out", name)} for name in split["fractions"]}
+    assert {name: len(patients) for name, patients in owners.items()} == {"train": 6, "val": 2, "test": 2}
+    assert len(set.union(*owners.values())) == 10
+    recorded = {name: (info["patients"], info["slices"]) for name, info in result.manifest["splits"].items()}
+    assert recorded == {"train": (6, 72), "val": (2, 24), "test": (2, 24)}
+    assert verify(tmp_path / "out").problems == []
+
+
+def test_slabs_keep_their_guard_in_every_volume(tmp_path: Path) -> None:
+    split = {"kind": "slabs", "start": 1, "stop": 9, "thickness": 3, "guard": 1}
+    build(make_inputs(tmp_path, cases=2, slices={"keep": "all"}, split=split), tmp_path / "out")
+    places = {name: {} for name in ("train", "test")}
+    for name, found in places.items():
+        for triplet in samples(tmp_path / "out", name):
+            found.setdefault(triplet.provenance.volume, []).append(triplet.provenance.slice_index)
+    assert list(places["train"].values()) == [[1, 2, 7, 8]] * 2
+    assert list(places["test"].values()) == [[4, 5]] * 2
+
+
+def test_explicit_split_and_its_warning(tmp_path: Path) -> None:
+    make_inputs(tmp_path, cases=2)
+    cases = [
+        {"image": f"imgs/PAT{n}_scan.nii.gz", "mask": f"gts/PAT{n}_scan_seg.nii.gz", "patient": "same", "split": split}
+        for n, split in enumerate(("train", "test"))
+    ]
+    result = build(write_spec(tmp_path / "s.yaml", cases=cases, split={"kind": "explicit"}), tmp_path / "out")
+    assert result.warnings == ("1 of 1 patients are in more than one split: scores will flatter",)
+    assert result.manifest["notes"] == list(result.warnings)
+
+
+def test_small_targets_are_dropped_counted_and_not_negatives(tmp_path: Path) -> None:
+    result = build(make_inputs(tmp_path, slices={"min_area": 2}), tmp_path / "out")
+    assert result.manifest["dropped_below_min_area"] == {"renal cyst": 4}
+    found = [*samples(tmp_path / "out", "train"), *samples(tmp_path / "out", "test")]
+    assert all(target.term == "left kidney" for triplet in found for target in triplet.targets)
+    for triplet in found:
+        both = triplet.provenance.slice_index != 4
+        assert triplet.looked_for == (("left kidney", "renal cyst") if both else ("left kidney",))
+
+
+def test_slices_start_stop_step_and_negatives(tmp_path: Path) -> None:
+    slices = {"start": 1, "stop": 10, "step": 3, "keep": "all"}
+    build(make_inputs(tmp_path, cases=2, slices=slices), tmp_path / "out")
+    found = samples(tmp_path / "out", "test")
+    assert [(t.provenance.slice_index, len(t.targets)) for t in found] == [(1, 0), (4, 2), (7, 1)]
+    assert found[0].looked_for == ("left kidney", "renal cyst")
+
+
+@pytest.mark.parametrize("dtype", ["int16", "uint64", "float32", "bool"])
+def test_npz_with_labels_of_any_type(tmp_path: Path, dtype: str) -> None:
+    image, labels = make_case(0)
+    labels = (labels == 1).astype(dtype)
+    np.savez(tmp_path / "a.npz", imgs=image.astype(">i2"), gts=labels, spacing=[0.5, 0.75, 2.0])
+    case = {"image": "a.npz", "mask": "a.npz", "patient": "p"}
+    targets = [{"term": "left kidney", "values": [1, 5]}]
+    split = {"kind": "slabs", "thickness": 5, "guard": 1}
+    path = write_spec(tmp_path / "s.yaml", cases=[case], targets=targets, intensity=None, split=split)
+    build(path, tmp_path / "out")
+    triplet = samples(tmp_path / "out", "train")[0]
+    assert triplet.image.dtype == np.dtype("int16")
+    np.testing.assert_array_equal(triplet.image, image[2])
+    np.testing.assert_array_equal(triplet.targets[0].mask(), labels[2].astype(np.uint8))
+
+
+def test_a_probability_map_is_cut_above(tmp_path: Path) -> None:
+    image, _ = make_case(0)
+    chance = np.random.default_rng(0).random(SHAPE).astype(np.float32)
+    save_nifti(tmp_path / "i.nii", image)
+    save_nifti(tmp_path / "m.nii", chance)
+    case = {"image": "i.nii", "mask": "m.nii", "patient": "p"}
+    targets = [{"term": "white matter", "above": 0.5}]
+    path = write_spec(tmp_path / "s.yaml", cases=[case], targets=targets, split={"kind": "slabs"})
+    with pytest.raises(UserError, match="split 'test' got no slice: widen"):
+        build(path, tmp_path / "out")
+    build(
+        write_spec(tmp_path / "s.yaml", cases=[case], targets=targets, split={"kind": "slabs", "thickness": 5}),
+        tmp_path / "out",
+    )
+    np.testing.assert_array_equal(samples(tmp_path / "out", "train")[1].targets[0].mask(), chance[1] > 0.5)
+
+
+def test_second_build_reuses(tmp_path: Path) -> None:
+    path = make_inputs(tmp_path / "in")
+    first = build(path, tmp_path / "out")
+    before = tree(tmp_path / "out")
+    for overwrite in (False, True):
+        again = build(path, tmp_path / "out", overwrite=overwrite)
+        assert (first.reused, again.reused) == (False, True)
+        assert again.manifest == first.manifest and tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"slices": {"min_area": 2}}, "'slices' in the spec"),
+        ({"targets": [{"term": "left kidney", "value": 1}]}, "'targets' in the spec"),
+        ({"salt": "secret"}, "the salt"),
+        ({"cases": [{"image": "imgs/{id}_scan.nii.gz", "mask": "gts/{id}_scan_seg.nii.gz", "patient": "{id}"}]},
+         "4 cases added, 4 cases gone"),
+        ({"cases": [{"image": "imgs/{id}.nii.gz", "mask": "gts/{id}_seg.nii.gz", "patient": "{id}"}]},
+         "4 cases changed"),
+    ],
+)  # fmt: skip
+def test_another_corpus_is_not_overwritten_by_accident(tmp_path: Path, changes: dict, difference: str) -> None:
+    build(make_inputs(tmp_path / "in"), tmp_path / "out")
+    before = tree(tmp_path / "out")
+    path = write_spec(tmp_path / "in" / "toy.yaml", **changes)
+    with pytest.raises(UserError) as caught:
+        build(path, tmp_path / "out")
+    assert f"out: holds another corpus; what differs: {difference}: pass --overwrite" in str(caught.value)
+    assert tree(tmp_path / "out") == before
+    assert build(path, tmp_path / "out", overwrite=True).reused is False
+    assert verify(tmp_path / "out").problems == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_changed_file_and_a_damaged_corpus_are_rebuilt_on_request(tmp_path: Path) -> None:
+    path = make_inputs(tmp_path / "in")
+    build(path, tmp_path / "out")
+    save_nifti(tmp_path / "in" / "imgs" / "PAT1_scan.nii.gz", make_case(9)[0])
+    with pytest.raises(UserError, match="what differs: 1 case changed: pass --overwrite"):
+        build(path, tmp_path / "out")
+    build(path, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "train" / "shard-000000.tar").unlink()
+    with pytest.raises(UserError, match=r"damage \(.*shard is missing.*pass --overwrite"):
+        build(path, tmp_path / "out")
+    build(path, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "manifest.json").write_text('{"splits": {}')
+    with pytest.raises(UserError, match=r"manifest\.json: damaged manifest.*--overwrite"):
+        build(path, tmp_path / "out")
+    build(path, tmp_path / "out", overwrite=True)
+    assert verify(tmp_path / "out").problems == []
+
+
+def test_what_is_no_corpus_is_never_overwritten(tmp_path: Path) -> None:
+    path = make_inputs(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    (tmp_path / "file").touch()
+    for name in ("out", "file"):
+        with pytest.raises(UserError, match=f"{name}: exists and is no corpus: choose another --out"):
+            build(path, tmp_path / name, overwrite=True)
+    assert (tmp_path / "out" / "thesis.tex").exists()
+    (tmp_path / "empty").mkdir()
+    assert not build(path, tmp_path / "empty").reused
+
+
+def test_the_corpus_lies_where_a_link_points(tmp_path: Path) -> None:
+    path = make_inputs(tmp_path / "in")
+    (tmp_path / "disk" / "corpus").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "corpus")
+    build(path, tmp_path / "link")
+    path = write_spec(path, slices={"step": 2})
+    build(path, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and verify(tmp_path / "link").problems == []
+    assert [entry.name for entry in (tmp_path / "disk").iterdir()] == ["corpus"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    path = make_inputs(tmp_path / "in")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as caught:
+        build(path, tmp_path / "file" / "deep" / "out")
+    assert str(caught.value) == (f"{tmp_path}/file/deep/out: cannot be written (Not a directory): choose another --out")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "in"]
+
+
+def fail_after(calls: int, error: BaseException) -> object:
+    count = 0
+
+    def write(*_: object, **__: object) -> None:
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise error
+
+    return write
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("bug")])
+@pytest.mark.parametrize("place", ["tarfile.TarFile.addfile", "os.fsync", "data_shards.manifest.write"])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_failed_build_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException, before: bool
+) -> None:
+    path = make_inputs(tmp_path / "in")
+    out = tmp_path / "made" / "deep" / "out"
+    if before:
+        build(path, out)
+        write_spec(path, slices={"step": 2})
+    state = tree(tmp_path)
+    monkeypatch.setattr(place, fail_after(3 if "addfile" in place else 0, error))
+    with pytest.raises(UserError if isinstance(error, OSError) else type(error)) as caught:
+        build(path, out, overwrite=True)
+    if isinstance(error, OSError):
+        assert str(caught.value) == f"{out}: cannot be written (No space left on device): choose another --out"
+    assert tree(tmp_path) == state and (tmp_path / "made").exists() == before
+    monkeypatch.undo()
+    assert not build(path, out, overwrite=True).reused
+
+
+def test_a_failed_swap_puts_the_old_corpus_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_inputs(tmp_path / "in")
+    build(path, tmp_path / "out")
+    write_spec(path, slices={"step": 2})
+    state = tree(tmp_path)
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial") and Path(target).name == "out":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(Input/output error\)"):
+        build(path, tmp_path / "out", overwrite=True)
+    assert tree(tmp_path) == state
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+import data_shards.build
+from data_shards.cli import main
+
+def wait(*_):
+    Path(sys.argv[1]).touch()
+    time.sleep(60)
+
+data_shards.build.write_index = wait
+sys.exit(main(["build", *sys.argv[2:]]))
+"""
+
+
+def start_and_signal(tmp_path: Path, path: Path, number: int) -> subprocess.Popen[str]:
+    """Start a build, send it a signal once the shards are written, and wait for its end."""
+    begun = tmp_path / "in" / f"begun{number}"
+    command = [sys.executable, "-c", WAITING, str(begun), str(path), "--out", str(tmp_path / "new" / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 30
+    while not begun.exists() and time.monotonic() < limit:
+        time.sleep(0.02)
+    assert begun.exists() and len(list((tmp_path / "new").glob(".out.*.partial"))) >= 1
+    process.send_signal(number)
+    process.wait(30)
+    return process
+
+
+def test_a_terminated_build_leaves_nothing(tmp_path: Path) -> None:
+    process = start_and_signal(tmp_path, make_inputs(tmp_path / "in"), signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM and process.communicate()[1] == ""
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_a_killed_build_left_goes_with_the_next_build_but_not_what_lives(tmp_path: Path) -> None:
+    path = make_inputs(tmp_path / "in")
+    process = start_and_signal(tmp_path, path, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert process.communicate()[1] == "" and not (tmp_path / "new" / "out").exists()
+    assert len(list((tmp_path / "new").iterdir())) == 1
+    from data_shards.build import _locked
+
+    alive = tmp_path / "new" / ".out.0123.partial"
+    alive.mkdir()
+    (tmp_path / "new" / ".other.0123.partial").mkdir()
+    with _locked(alive):
+        build(path, tmp_path / "new" / "out")
+    names = sorted(entry.name for entry in (tmp_path / "new").iterdir())
+    assert names == [".other.0123.partial", alive.name, "out"]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = make_inputs(tmp_path / "in")
+    broken = tmp_path / "in" / "imgs" / "PAT3_scan.nii.gz"
+    os.truncate(broken, broken.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"PAT3_scan\.nii\.gz: cannot be read, is it complete"):
+        build(path, tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
+
+
+def test_manifest_is_readable_and_complete(tmp_path: Path) -> None:
+    result = build(make_inputs(tmp_path / "in"), tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert content == result.manifest
+    assert content["splits"]["train"]["targets"] == {"left kidney": 12, "renal cyst": 2}
+    assert (content["licence"], content["cite"]) == ("test", "nobody")
+    assert {"numpy", "nibabel"} <= content["versions"].keys() and len(content["sources"]) == 4
+    for name, info in content["splits"].items():
+        assert ShardDataset(tmp_path / "out" / name).index.sha256 == info["index_sha256"]
+
+
+def test_an_oblique_affine_keeps_its_spacing(tmp_path: Path) -> None:
+    angle = np.deg2rad(10)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = LPS_AFFINE.copy()
+    affine[:3, :3] = turn @ affine[:3, :3]
+    image, labels = make_case(0)
+    save_nifti(tmp_path / "imgs" / "PAT1_x.nii.gz", image, affine)
+    save_nifti(tmp_path / "gts" / "PAT1_x_seg.nii.gz", labels, affine)
+    build(write_spec(tmp_path / "s.yaml", split={"kind": "patients", "fractions": {"all": 1.0}}), tmp_path / "out")
+    origin = samples(tmp_path / "out", "all")[0].provenance
+    assert origin.spacing == pytest.approx((0.75, 0.5)) and origin.slice_spacing == pytest.approx(2.0)
