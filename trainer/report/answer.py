@@ -107,7 +107,7 @@ def _dependence(rows: Sequence[Score], data: RunData) -> str:
         )
     return (
         f"The {len(keys)} slices come from {len(volumes)} volumes. Slices of one volume are alike and not independent: "
-        f"{figures} these slices, and are surer than so few volumes allow."
+        f"{figures} these slices, and seem surer than {len(volumes)} volumes allow."
     )
 
 

@@ -61,7 +61,7 @@ class Frame:
             lines.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.6g}</text>')
         middle = (self.up(self.y[0]) + self.up(self.y[1])) / 2
         turned = f'transform="translate(11 {middle:.1f}) rotate(-90)" text-anchor="middle"'
-        return "".join(lines) + f'<text class="axis" {turned}>{escape(label)}</text>'
+        return "".join(lines) + f'<text class="axis turned" {turned}>{escape(label)}</text>'
 
     def below(self, ticks: Sequence[float], label: str) -> str:
         """Numbers under the area at values of x."""
@@ -179,7 +179,9 @@ def paired_plot(pairs: Sequence[tuple[str, float, float]], name: str) -> str:
     label = (
         f"{name} of {len(pairs)} targets: median {np.median(before):.3f} before and {np.median(after):.3f} after tuning"
     )
-    return frame.picture(label, frame.grid(ticks, name), "".join(lines), boxes, words)
+    strength = min(0.45, max(0.12, 20 / len(chosen)))  # many lines are faint, so that they show where most of them run
+    drawn = f'<g style="--strength:{strength:.2f}">{"".join(lines)}</g>'
+    return frame.picture(label, frame.grid(ticks, name), drawn, boxes, words)
 
 
 def _box(frame: Frame, x: float, values: np.ndarray, kind: str) -> str:

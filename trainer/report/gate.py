@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.report.markup import Markup, code, score, section, table, text
+from trainer.report.markup import Markup, code, measure, score, section, table, text
 
 _WORDS = {True: ("good", "✓ verified"), False: ("bad", "✗ failed"), None: ("open", "? NOT verified")}
 
@@ -35,8 +35,8 @@ def reason(export: dict[str, Any]) -> str:
     notes = export.get("notes") or []
     notes = [notes] if isinstance(notes, str) else [str(note) for note in notes]
     difference, tolerance = export.get("max_logit_difference"), export.get("tolerance")
-    if not notes and _verified(export) is False and difference is not None and tolerance is not None:
-        notes = [f"logits differ by {difference:.3g}, more than the tolerance of {tolerance:.3g}"]
+    if not notes and _verified(export) is False and None not in (difference, tolerance):
+        notes = [f"logits differ by {measure(difference)}; the tolerance is {measure(tolerance)}"]
     if not notes and _verified(export) is not True:
         notes = ["no reason was recorded"]
     return "; ".join(notes)
@@ -46,15 +46,15 @@ def gate_section(exports: Sequence[dict[str, Any]]) -> str:
     """The table of the exports; nothing without any."""
     if not exports:
         return ""
-    columns = ("Export", "Gate", "Loaded by", "File", "Largest logit difference", "Tolerance", "DSC here", "DSC there")
+    columns = ("Export", "Gate", "Loaded by", "File", "Logits differ by", "Tolerance", "DSC here", "DSC there")
     rows = [
         (
             code(export["format"]),
             gate_word(export),
             _consumer(export),
             Markup(f"{code(export.get('file'))}<br><small>{text(_short(export.get('sha256')))}</small>"),
-            _number(export.get("max_logit_difference")),
-            _number(export.get("tolerance")),
+            measure(export.get("max_logit_difference")),
+            measure(export.get("tolerance")),
             score(export.get("dsc_run")),
             score(export.get("dsc_consumer")),
         )
@@ -67,7 +67,9 @@ def gate_section(exports: Sequence[dict[str, Any]]) -> str:
         "given the same logits, within the tolerance.</p>"
     )
     listed = f'<ul class="note">{notes}</ul>' if notes else ""
-    return section("Export gate", explained, table(columns, rows, label="Exports and their checks", left=4), listed)
+    return section(
+        "Export gate", explained, table(columns, rows, label="Exports and their checks", words=range(4)), listed
+    )
 
 
 def _verified(export: dict[str, Any]) -> bool | None:
@@ -81,7 +83,3 @@ def _consumer(export: dict[str, Any]) -> str:
 
 def _short(digest: Any) -> str | None:
     return f"sha256 {str(digest)[:16]}…" if digest else None
-
-
-def _number(value: Any) -> str | None:
-    return None if value is None else f"{value:.2g}"

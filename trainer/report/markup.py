@@ -8,6 +8,7 @@ from typing import Any
 
 UNKNOWN = "–"
 MINUS = "−"
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Markup(str):
@@ -36,7 +37,12 @@ def paragraph(content: str, style: str = "") -> str:
 
 
 def table(
-    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, label: str, left: int = 1, foot: Sequence[Any] = ()
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    label: str,
+    words: Sequence[int] = (0,),
+    foot: Sequence[Any] = (),
 ) -> str:
     """A table that scrolls within itself where it is too wide.
 
@@ -44,10 +50,10 @@ def table(
         columns: Headings.
         rows: Cells, None for an unknown one.
         label: What the table shows, for who does not see it.
-        left: How many first columns are text; the others are numbers.
+        words: Positions of the columns that are text; the others are numbers.
         foot: A last row that sums up.
     """
-    kinds = ["" if number < left else "number" for number in range(len(columns))]
+    kinds = ["" if position in words else "number" for position in range(len(columns))]
 
     def line(cells: Sequence[Any], tag: str = "td") -> str:
         scope = ' scope="col"' if tag == "th" else ""
@@ -102,6 +108,16 @@ def p_value(value: float | None) -> str:
     if value is None:
         return ""
     return "p\u00a0<\u00a00.001" if value < 0.001 else f"p\u00a0=\u00a0{value:.2g}"
+
+
+def measure(value: float | None) -> str:
+    """A number of any size: two significant digits, small ones by their power of ten."""
+    if value is None:
+        return UNKNOWN
+    if value == 0 or 0.001 <= abs(value) < 1e5:
+        return f"{value:.2g}" if abs(value) < 100 else f"{value:,.0f}"
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{digits}\u00a0×\u00a010{str(int(power)).translate(_RAISED)}"
 
 
 def duration(seconds: float | None) -> str:

@@ -208,19 +208,19 @@ def _mean_sd(rows: Sequence[Score], name: str) -> str:
 
 
 def _worst(data: RunData) -> str:
-    pairs = data.pairs()
-    rows: list[tuple[Any, ...]]
+    pairs, label = data.pairs(), "The targets with the lowest DSC"
     if pairs:
-        columns = ["Sample", "Term", "Area (px)", "DSC before", "DSC after", "Gain"]
-        rows = [
-            (code(a.key), a.term, f"{a.area_px:,}", score(b.dsc), score(a.dsc), signed(a.dsc - b.dsc))
-            for b, a in sorted(pairs, key=lambda pair: pair[1].dsc)[:WORST]
+        columns = ("Term", "DSC before", "DSC after", "Gain", "Area (px)", "Sample")
+        ranked = sorted(pairs, key=lambda pair: pair[1].dsc)[:WORST]
+        rows: list[tuple[Any, ...]] = [
+            (a.term, score(b.dsc), score(a.dsc), signed(a.dsc - b.dsc), f"{a.area_px:,}", code(a.key))
+            for b, a in ranked
         ]
-    else:
-        columns = ["Sample", "Term", "Area (px)", "DSC"]
-        ranked = sorted(data.scores(), key=lambda row: row.dsc)[:WORST]
-        rows = [(code(row.key), row.term, f"{row.area_px:,}", score(row.dsc)) for row in ranked]
-    return section("Worst cases", table(columns, rows, label="The targets with the lowest DSC", left=2)) if rows else ""
+        return section("Worst cases", table(columns, rows, label=label, words=(0, 5)))
+    alone = sorted(data.scores(), key=lambda row: row.dsc)[:WORST]
+    rows = [(row.term, score(row.dsc), f"{row.area_px:,}", code(row.key)) for row in alone]
+    names = ("Term", "DSC", "Area (px)", "Sample")
+    return section("Worst cases", table(names, rows, label=label, words=(0, 3))) if rows else ""
 
 
 def _others(evaluations: Sequence[Evaluation]) -> str:
@@ -250,7 +250,10 @@ def _facts(data: RunData) -> str:
             ("Seed", record.get("seed")),
             ("Preprocessing", preprocessing),
             ("Git commit", Markup(f"{code(commit)}{changed}") if commit else None),
-            ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+            (
+                "Versions",
+                Markup(", ".join(f'<span class="whole">{text(f"{n} {v}")}</span>' for n, v in versions.items())),
+            ),
         )
     )
     splits = [
@@ -258,7 +261,7 @@ def _facts(data: RunData) -> str:
         for split, of in (record.get("data") or {}).items()
     ]
     columns = ("Data", "Folder", "SHA-256 of the index", "Samples")
-    shards = table(columns, splits, label="Data of the run", left=3) if splits else ""
+    shards = table(columns, splits, label="Data of the run", words=range(3)) if splits else ""
     return section("About the run", known, f'<div class="below">{shards}</div>' if shards else "")
 
 
@@ -271,7 +274,7 @@ def _stages(stages: dict[str, float]) -> str:
         for name, seconds in stages.items()
     ]
     columns, foot = ("Stage", "Share", "Time"), ("total", Markup(""), duration(total))
-    return section("Time", table(columns, rows, label="Time by stage", left=2, foot=foot))
+    return section("Time", table(columns, rows, label="Time by stage", words=(0, 1), foot=foot))
 
 
 def _recipe(recipe: str) -> str:

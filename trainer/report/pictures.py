@@ -62,35 +62,48 @@ def choose(data: RunData) -> list[Choice]:
     places = [place for place in after if place in before] or list(after or before)
     pairs = [(before.get(place), after.get(place)) for place in places]
     ranked = sorted((Choice("", *pair) for pair in pairs), key=lambda choice: choice.panel.dsc)
+    if not ranked:
+        return []
     last = len(ranked) - 1
-    wanted = {0: "Worst", last: "Best"} if ranked else {}
+    wanted = {last: "Best", 0: "Worst"} if last else {0: "The only one"}
     for share, why in ((0.5, "Median"), (0.25, "Lower quartile"), (0.75, "Upper quartile")):
         wanted.setdefault(round(share * last), why)
-    if ranked and ranked[0].before and ranked[0].after:
-        gains = [choice.after.dsc - choice.before.dsc for choice in ranked if choice.after and choice.before]
+    gains = [choice.after.dsc - choice.before.dsc for choice in ranked if choice.after and choice.before]
+    if gains:
         wanted.setdefault(int(np.argmin(gains)), "Least gained" if min(gains) >= 0 else "Fell most")
-    for place in np.linspace(0, max(last, 0), SHOWN * 2 - 1).round().astype(int):
-        if ranked and len(wanted) < SHOWN:
+    for place in np.linspace(0, last, SHOWN * 2 - 1).round().astype(int):
+        if len(wanted) < SHOWN:
             wanted.setdefault(int(place), "Between")
     return [Choice(wanted[place], ranked[place].before, ranked[place].after) for place in sorted(wanted)]
 
 
-def crop_of(panel: Panel) -> Crop:
-    """A square around box and truth with a margin; the whole image where the target fills most of it."""
+def crop_of(choice: Choice) -> Crop:
+    """A square around box and truth with a margin, wider where a prediction reaches out; or the whole image."""
+    panel = choice.panel
     height, width = panel.truth.shape
-    rows, columns = np.nonzero(panel.truth)
-    x0, y0, x1, y1 = (float(edge) for edge in panel.box)
-    if len(rows):
-        x0, x1 = min(x0, columns.min()), max(x1, columns.max())
-        y0, y1 = min(y0, rows.min()), max(y1, rows.max())
-    side = round(max(1.35 * max(x1 - x0, y1 - y0) + 1, 48))
+    x0, y0, x1, y1 = _extent(panel.truth, panel.box)
+    masks = [side.prediction for side in (choice.before, choice.after) if side]
+    outer = [_extent(mask, panel.box) for mask in masks]
+    centre_x, centre_y = (x0 + x1) / 2, (y0 + y1) / 2
+    reach = max(abs(edge - centre) for e in outer for edge, centre in zip(e, (centre_x, centre_y) * 2, strict=True))
+    longest = max(x1 - x0, y1 - y0) + 1
+    side = round(max(1.35 * longest, min(2.1 * reach, 2 * longest), 48))
     if side >= 0.9 * max(height, width):
         side = max(height, width)
     start = [
-        round(min(max((low + high + 1 - side) / 2, 0), size - side)) if size > side else round((size - side) / 2)
-        for low, high, size in ((x0, x1, width), (y0, y1, height))
+        round(min(max(centre + 0.5 - side / 2, 0), size - side)) if size > side else round((size - side) / 2)
+        for centre, size in ((centre_x, width), (centre_y, height))
     ]
     return Crop(start[0], start[1], side)
+
+
+def _extent(mask: np.ndarray, box: np.ndarray) -> tuple[float, float, float, float]:
+    """The smallest box (x0, y0, x1, y1) around a mask and a box."""
+    x0, y0, x1, y1 = (float(edge) for edge in box)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not rows.size:
+        return x0, y0, x1, y1
+    return min(x0, columns[0]), min(y0, rows[0]), max(x1, columns[-1]), max(y1, rows[-1])
 
 
 def draw(choice: Choice, number: int) -> str:
@@ -100,7 +113,7 @@ def draw(choice: Choice, number: int) -> str:
         choice: The target.
         number: Unique on the page.
     """
-    panel, crop = choice.panel, crop_of(choice.panel)
+    panel, crop = choice.panel, crop_of(choice)
     sides = [(name, side) for name, side in (("before", choice.before), ("after", choice.after)) if side]
     image = f'<g id="target-{number}">{_image(panel, crop)}{_outline(panel.truth, crop, "truth")}</g>'
     tiles = []

@@ -47,7 +47,7 @@ code { overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: var(--soft); padding: 1rem; border-radius: 6px; }
 summary { cursor: pointer; }
 
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15.5rem), 1fr)); gap: 1px;
+.figures { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1px;
   margin: 0; background: var(--line); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
 .figures > div { background: var(--paper); padding: 1rem 1.1rem; }
 .figures dt { font-size: .85rem; color: var(--muted); }
@@ -87,8 +87,8 @@ figcaption small { overflow-wrap: anywhere; }
 .chart .raw { stroke: var(--accent); stroke-opacity: .28; }
 .chart .smooth { stroke: var(--accent); stroke-width: 2.25; stroke-linejoin: round; }
 .chart .mark { fill: var(--paper); stroke: var(--warn); stroke-width: 2; }
-.pair path { stroke: var(--accent); stroke-opacity: .4; stroke-width: 1.2; }
-.pair circle { fill: var(--accent); fill-opacity: .75; }
+.pair path { stroke: var(--accent); stroke-opacity: var(--strength); stroke-width: 1.2; }
+.pair circle { fill: var(--accent); fill-opacity: .55; }
 .pair.fell path { stroke: var(--bad); stroke-opacity: .8; stroke-dasharray: 5 3; }
 .pair.fell circle { fill: var(--bad); }
 .pair:hover path { stroke-opacity: 1; stroke-width: 3; }
@@ -97,14 +97,19 @@ figcaption small { overflow-wrap: anywhere; }
 .box rect { fill: var(--soft); } .box.after rect { fill: var(--accent-soft); }
 .box .median { stroke-width: 3; }
 
-.scroll { overflow-x: auto; margin: 0 0 .8rem; }
+/* a shade at an edge where there is more to scroll to */
+.scroll { overflow-x: auto; margin: 0 0 .8rem; background:
+  linear-gradient(90deg, var(--paper) 40%, transparent) 0 0 / 3rem 100% no-repeat local,
+  linear-gradient(270deg, var(--paper) 40%, transparent) 100% 0 / 3rem 100% no-repeat local,
+  linear-gradient(90deg, var(--line), transparent) 0 0 / .9rem 100% no-repeat scroll,
+  linear-gradient(270deg, var(--line), transparent) 100% 0 / .9rem 100% no-repeat scroll; }
 table { border-collapse: collapse; min-width: min(100%, 34rem); font-size: .92rem; }
 th { text-align: left; font-weight: 600; color: var(--muted); font-size: .85rem; vertical-align: bottom; }
 th, td { padding: .45rem 1.5rem .45rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:last-child, td:last-child { padding-right: 0; }
 .number { text-align: right; white-space: nowrap; }
 tfoot td { font-weight: 600; border-bottom: 0; }
-td code { white-space: nowrap; }
+td code, td small, td b { white-space: nowrap; }
 .bar { display: inline-block; height: .55rem; background: var(--accent); border-radius: 2px; min-width: 2px; }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr));
   gap: .9rem 2rem; margin: 0; }
@@ -112,17 +117,22 @@ td code { white-space: nowrap; }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
 .facts > .wide { grid-column: 1 / -1; }
 .words .facts { margin-bottom: 1.2rem; grid-template-columns: 1fr 1fr; }
+.whole { white-space: nowrap; }
 .below { margin-top: 1.6rem; }
 
-@media (max-width: 520px) { .figures { grid-template-columns: 1fr 1fr; } .figures > div { padding: .8rem; }
-  .figures .big { font-size: 1.15rem; white-space: normal; } }
+@media (max-width: 760px) { .figures { grid-template-columns: 1fr 1fr; } }
+@media (max-width: 520px) {
+  .figures > div { padding: .8rem; } .figures .big { font-size: 1.15rem; white-space: normal; }
+  .chart text { font-size: 15px; } .chart .turned { display: none; }
+}
 @media print {
   :root { color-scheme: light; --paper: #fff; --soft: #f5f6f8; --ink: #000; --muted: #444; --line: #ccc;
     --accent: #0a5ea8; --accent-soft: #0a5ea81f; --before: #666; --warn: #9a5b00; --warn-soft: #fff; --good: #1a7440;
     --bad: #b3261e; }
   body { font-size: 11pt; } main { max-width: none; padding: 0; } .legend input { display: none; }
   section { margin-top: 2rem; } figure, tr, .figures, .chart { break-inside: avoid; } h2 { break-after: avoid; }
-  .panels, .charts { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; }
+  .panels, .charts { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; background: none; }
+  table { font-size: .8rem; } tfoot { display: table-row-group; } .figures { grid-template-columns: repeat(3, 1fr); }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """

@@ -1,0 +1,600 @@
+"""The report: its figures against references, its words against the data, its page against the outside world."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import wilcoxon
+
+from data_shards.errors import UserError, run_command
+from trainer.report import write_report, write_summary
+from trainer.report.answer import answer, limits, subject
+from trainer.report.charts import nice_ticks, smooth
+from trainer.report.cli import report_command
+from trainer.report.curves import read_curves
+from trainer.report.data import read_run, volume_of
+from trainer.report.markup import duration, measure, p_value, signed
+from trainer.report.panels import Panel, load_panels, save_panels
+from trainer.report.pictures import Choice, choose, crop_of, draw
+from trainer.report.statistics import bootstrap_ci95, compare
+from trainer.run import Run
+
+KEYS = [f"toy-c10868632198ea58-a{number:05d}" for number in range(12)]
+TERM = "lesion <script>alert(1)</script> & co"
+BEFORE = np.linspace(0.30, 0.52, 12)
+AFTER = BEFORE + np.linspace(0.45, 0.34, 12) * np.where(np.arange(12) == 3, -0.1, 1)
+RECIPE = (
+    "# Does it <help>?\n# Caveat: one & only.\n#\n# Launch: make x\n# lightning.pytorch==2.6.6\nseed_everything: 0\n"
+)
+
+
+def write_evaluation(run: Run, name: str, scores: np.ndarray, keys: list[str] = KEYS, *, panels: bool = True) -> None:
+    folder = run.evaluation(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "per_case.csv").open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["key", "target", "term", "modality", "area_px", "dsc", "iou"])
+        for number, (key, dsc) in enumerate(zip(keys, scores, strict=True)):
+            writer.writerow([key, 0, TERM, "MR", 50 + number, dsc, dsc / (2 - dsc)])
+    if panels:
+        save_panels(folder / "panels.npz", **columns(keys[::2], shift=1 if name == "tuned" else 4))
+
+
+def columns(keys: list[str], shift: int) -> dict[str, list]:
+    """Discs whose predictions are shifted, the more the later; every third image is RGB, all sizes differ."""
+    made: dict[str, list] = {name: [] for name in ("keys", "terms", "images", "truths", "predictions", "boxes")}
+    for number, key in enumerate(keys):
+        height, width = 40 + number, 60 + 2 * number
+        rows, cols = np.mgrid[:height, :width]
+        truth = ((rows - 20) ** 2 + (cols - 30) ** 2 < 80).astype(np.uint8)
+        image = np.random.default_rng(number).integers(0, 255, (height, width), dtype=np.uint8)
+        made["keys"].append(key)
+        made["terms"].append(TERM)
+        made["images"].append(np.stack([image] * 3, -1) if number % 3 == 2 else image)
+        made["truths"].append(truth)
+        made["predictions"].append(np.roll(truth, shift + number, axis=1))
+        made["boxes"].append(np.array([21, 11, 39, 29], np.float32))
+    return made
+
+
+def write_log(run: Run, version: int, rows: list[dict[str, object]]) -> None:
+    folder = run.root / "logs" / f"version_{version}"
+    folder.mkdir(parents=True)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with (folder / "metrics.csv").open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_export(run: Run, name: str, verified: bool | None, **more: object) -> None:
+    folder = run.exports / name
+    folder.mkdir(parents=True)
+    (folder / "export.json").write_text(json.dumps({"format": name, "verified": verified, **more}))
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Run:
+    """A run of which only the recipe is there."""
+    run = Run(tmp_path / "toy-run")
+    run.root.mkdir()
+    run.recipe.write_text(RECIPE)
+    return run
+
+
+@pytest.fixture
+def full(empty: Run) -> Run:
+    """A run with everything, whose training was resumed at step 6."""
+    write_evaluation(empty, "untouched", BEFORE)
+    write_evaluation(empty, "tuned", AFTER)
+    rate = "train/images_per_second"
+    write_log(empty, 0, [{"step": s, "train/loss": 1.0, "train/dsc": 0.5, rate: 1 if s == 0 else 8} for s in range(9)])
+    write_log(empty, 1, [{"step": 0, "test/dsc": 0.4}])
+    write_log(empty, 2, [{"step": s, "train/loss": 0.25, "train/dsc": 0.75, rate: 9} for s in range(6, 12)])
+    empty.trace.write_text("epoch,batch,step,loss,keys\n0,0,0,1.0,toy-c10868632198ea58-a00099 other-v-a00001\n")
+    empty.stages.write_text(json.dumps({"fit": 100.5, "evaluate-untouched": 10.25}))
+    empty.record.write_text(
+        json.dumps(
+            {
+                "name": "toy & run",
+                "question": "Does it <help>? Caveat: one & only.",
+                "caveat": "one & only.",
+                "git_commit": "c0ffee",
+                "git_dirty": True,
+                "versions": {"torch": "2.14.1"},
+                "model": {"name": "Tiny", "parameters": 2000000, "trainable": 500000, "preprocessing": {"size": 128}},
+                "data": {"train": {"folder": "shards/train", "index_sha256": "ab" * 32, "samples": 50}},
+            }
+        )
+    )
+    write_export(empty, "litemedsam", True, consumer="tool", consumer_version="1.2", max_logit_difference=2e-5)
+    return empty
+
+
+def page_of(run: Run) -> str:
+    return write_report(run).read_text()
+
+
+class Outline(HTMLParser):
+    """Tags, attributes and visible text of a page; complains of tags that are not closed."""
+
+    VOID = frozenset(("meta", "br", "input"))
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(page)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+class TestStatistics:
+    def test_agrees_with_scipy(self) -> None:
+        generator = np.random.default_rng(5)
+        before = generator.uniform(0, 0.8, 60)
+        after = np.clip(before + generator.normal(0.03, 0.1, 60), 0, 1)
+        found = compare(before, after)
+        assert found.p_value == wilcoxon(after, before).pvalue
+        assert found.gain == pytest.approx((after - before).mean())
+        assert (found.rose, found.fell) == ((after > before).sum(), (after < before).sum())
+
+    def test_interval_is_that_of_the_mean(self) -> None:
+        values = np.random.default_rng(1).normal(0.2, 0.1, 400)
+        low, high = bootstrap_ci95(values) or (0, 0)
+        error = 1.96 * values.std(ddof=1) / 20
+        assert low == pytest.approx(values.mean() - error, abs=0.1 * error)
+        assert high == pytest.approx(values.mean() + error, abs=0.1 * error)
+        assert bootstrap_ci95(values) == (low, high), "the bootstrap is seeded"
+        assert bootstrap_ci95(values, seed=1) != (low, high)
+
+    def test_chunks_do_not_repeat_the_same_draws(self) -> None:
+        values = np.random.default_rng(1).normal(0.2, 0.1, 2000)  # 20 chunks
+        low, high = bootstrap_ci95(values) or (0, 0)
+        assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(2000), rel=0.05)
+
+    def test_too_little_for_a_test(self) -> None:
+        one = compare(np.array([0.5]), np.array([0.7]))
+        assert one.gain_ci95 is None
+        assert one.p_value is None
+        assert compare(np.array([0.5, 0.6]), np.array([0.5, 0.6])).p_value is None
+        with pytest.raises(ValueError, match="equally long"):
+            compare(np.array([]), np.array([]))
+
+
+class TestCurves:
+    def test_a_resumed_run_is_one_curve(self, full: Run) -> None:
+        curves = read_curves(full.root / "logs")
+        assert list(curves["train/loss"].items()) == [(s, 1.0 if s < 6 else 0.25) for s in range(12)]
+        assert curves["test/dsc"] == {0: 0.4}, "the version of an evaluation neither cuts nor is cut"
+
+    def test_a_run_begun_anew_keeps_nothing_of_the_old_one(self, empty: Run) -> None:
+        write_log(empty, 0, [{"step": s, "train/loss": 9.0} for s in range(20)])
+        write_log(empty, 1, [{"step": s, "train/loss": 1.0} for s in range(5)])
+        assert read_curves(empty.root / "logs")["train/loss"] == dict.fromkeys(range(5), 1.0)
+
+    def test_versions_are_in_order_of_their_numbers(self, empty: Run) -> None:
+        write_log(empty, 10, [{"step": 0, "train/loss": 2.0}])
+        write_log(empty, 9, [{"step": 0, "train/loss": 1.0}])
+        assert read_curves(empty.root / "logs")["train/loss"] == {0: 2.0}
+
+    def test_blank_and_infinite_cells_are_left_out(self, empty: Run) -> None:
+        write_log(empty, 0, [{"step": 0, "a": ""}, {"step": 1, "a": "nan"}, {"step": 2, "a": 3.0}, {"step": 2, "b": 1}])
+        assert read_curves(empty.root / "logs") == {"a": {2: 3.0}, "b": {2: 1.0}}
+
+    def test_damage_is_one_line_with_the_file(self, empty: Run) -> None:
+        write_log(empty, 0, [{"step": 0, "train/loss": "abc"}])
+        with pytest.raises(UserError, match=r"version_0/metrics.csv: .*abc"):
+            read_curves(empty.root / "logs")
+
+    def test_smoothing_keeps_constants_and_the_mean_level(self) -> None:
+        assert smooth(np.full(50, 0.7)) == pytest.approx(np.full(50, 0.7))
+        noisy = np.random.default_rng(0).normal(0.5, 0.1, 300)
+        assert smooth(noisy).std() < 0.4 * noisy.std()
+        assert smooth(np.array([0.4])) == pytest.approx([0.4])
+
+    def test_ticks_are_round_and_cover(self) -> None:
+        assert nice_ticks(0, 1, 4) == [0, 0.25, 0.5, 0.75, 1]
+        ticks = nice_ticks(0.113, 0.94)
+        assert ticks[0] <= 0.113 < ticks[1]
+        assert ticks[-2] < 0.94 <= ticks[-1]
+        assert len(nice_ticks(3, 3)) > 1
+
+
+class TestPanels:
+    def test_round_trip_of_mixed_sizes_without_pickle(self, tmp_path: Path) -> None:
+        made = columns(KEYS[:4], shift=2)
+        save_panels(tmp_path / "deep" / "panels.npz", **made)
+        panels = load_panels(tmp_path / "deep" / "panels.npz")
+        assert [panel.key for panel in panels] == KEYS[:4]
+        assert panels[2].image.shape == (42, 64, 3)
+        for number, panel in enumerate(panels):
+            assert panel.term == TERM
+            for name in ("image", "truth", "prediction"):
+                stored, given = getattr(panel, name), made[f"{name}s"][number]
+                assert stored.dtype == np.uint8
+                np.testing.assert_array_equal(stored, given)
+            np.testing.assert_array_equal(panel.box, made["boxes"][number])
+        assert [path.name for path in (tmp_path / "deep").iterdir()] == ["panels.npz"], "no temporary file is left"
+
+    def test_sizes_must_agree(self, tmp_path: Path) -> None:
+        made = columns(KEYS[:1], shift=2)
+        made["truths"][0] = made["truths"][0][1:]
+        with pytest.raises(ValueError, match="truth"):
+            save_panels(tmp_path / "p.npz", **made)
+        with pytest.raises(ValueError, match="lengths"):
+            save_panels(tmp_path / "p.npz", **{**columns(KEYS[:2], 1), "keys": KEYS[:1]})
+
+    @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no npz at all"])
+    def test_damage_is_one_line(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "p.npz").write_bytes(content)
+        with pytest.raises(UserError, match=r"p\.npz: no readable panels"):
+            load_panels(tmp_path / "p.npz")
+
+    def test_dsc(self) -> None:
+        truth, prediction = np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
+        truth[:2], prediction[1:3] = 1, 1
+        panel = Panel("k", "t", truth, truth, prediction, np.zeros(4, np.float32))
+        assert panel.dsc == 0.5
+        assert Panel("k", "t", truth, 0 * truth, 0 * truth, panel.box).dsc == 1.0
+
+    def test_shows_worst_median_and_best_of_those_kept(self, full: Run) -> None:
+        choices = choose(read_run(full))
+        ranked = [choice.after.dsc for choice in choices if choice.after]
+        assert len(choices) == 6
+        assert ranked == sorted(ranked)
+        assert (choices[0].why, choices[-1].why) == ("Worst", "Best")
+        assert {"Median", "Lower quartile", "Upper quartile"} <= {choice.why for choice in choices}
+        assert all(choice.before and choice.after and choice.before.key == choice.after.key for choice in choices)
+
+    def test_outline_is_where_the_mask_is(self) -> None:
+        """Area and place of the drawn polygon are those of the pixels."""
+        truth = np.zeros((200, 300), np.uint8)
+        truth[100:140, 200:260] = 1
+        panel = Panel("k", "t", truth, truth, truth, np.array([200, 100, 259, 139], np.float32))
+        drawn = draw(Choice("Best", None, panel), 0)
+        found = re.search(
+            r'class="truth" transform="translate\((\S+) (\S+)\) scale\((\S+)\)" d="M(\S+) (\S+)l([^z]+)z"', drawn
+        )
+        assert found
+        dx, dy, scale, x, y = (float(number) for number in found.groups()[:5])
+        moves = np.array([int(number) for number in re.findall(r"-?\d+", found.group(6))]).reshape(-1, 2)
+        points = (np.cumsum(np.vstack([[x, y], moves]), axis=0)) * scale + [dx, dy]
+        assert points.min(axis=0) == pytest.approx([200, 100])
+        assert points.max(axis=0) == pytest.approx([260, 140])
+        xs, ys = points.T
+        area = abs(np.sum(xs * np.roll(ys, -1) - ys * np.roll(xs, -1))) / 2
+        assert area == pytest.approx(2400, abs=1), "but for the cut corners"
+
+    def test_crop_holds_the_target_within_the_image(self) -> None:
+        truth = np.zeros((200, 300), np.uint8)
+        truth[0:20, 290:300] = 1
+        panel = Panel("k", "t", truth, truth, truth, np.array([288, 0, 299, 21], np.float32))
+        crop = crop_of(Choice("Worst", None, panel))
+        assert 48 <= crop.side <= 60
+        assert crop.x <= 288
+        assert crop.x + crop.side == 300
+        assert crop.y == 0
+
+
+class TestSummary:
+    def test_figures(self, full: Run) -> None:
+        summary = write_summary(full)
+        assert summary == json.loads((full.root / "summary.json").read_text())
+        assert list(summary) == [
+            *("dsc_before", "dsc_after", "iou_before", "iou_after", "targets", "dsc_gain_ci95", "p_value"),
+            *("images_per_second", "seconds", "stages", "export_verified", "versions"),
+        ]
+        assert summary["dsc_before"] == pytest.approx(BEFORE.mean())
+        assert summary["iou_after"] == pytest.approx((AFTER / (2 - AFTER)).mean())
+        assert summary["targets"] == 12
+        low, high = summary["dsc_gain_ci95"]
+        assert low < (AFTER - BEFORE).mean() < high
+        assert summary["p_value"] == wilcoxon(AFTER, BEFORE).pvalue
+        assert summary["images_per_second"] == 9.0, "the first, 1, is left out: median of five 8 and six 9"
+        assert summary["seconds"] == 110.75
+        assert summary["export_verified"] is True
+        assert summary["versions"] == {"torch": "2.14.1"}
+
+    def test_nothing_is_invented(self, empty: Run) -> None:
+        assert set(write_summary(empty).values()) == {None}
+
+    @pytest.mark.parametrize("second", [False, None])
+    def test_one_bad_export_spoils_the_gate(self, full: Run, second: bool | None) -> None:
+        write_export(full, "onnx", second)
+        assert write_summary(full)["export_verified"] is False
+
+    def test_only_common_targets_are_compared(self, full: Run) -> None:
+        write_evaluation(full, "untouched", BEFORE[:5], KEYS[:5])
+        summary = write_summary(full)
+        assert summary["targets"] == 5
+        assert summary["dsc_after"] == pytest.approx(AFTER[:5].mean())
+        assert "5 targets that both evaluations scored; 0 were scored only before and 7 only after" in page_of(full)
+
+    def test_means_of_different_targets_do_not_stand_side_by_side(self, full: Run) -> None:
+        write_evaluation(full, "untouched", BEFORE, [f"other-{key}" for key in KEYS])
+        summary = write_summary(full)
+        assert summary["dsc_before"] is None
+        assert summary["dsc_after"] == pytest.approx(AFTER.mean())
+        assert "no target in common" in page_of(full)
+
+
+class TestWords:
+    def said(self, run: Run, before: np.ndarray, after: np.ndarray) -> str:
+        write_evaluation(run, "untouched", before, panels=False)
+        write_evaluation(run, "tuned", after, panels=False)
+        return answer(read_run(run)).replace("\u00a0", " ")
+
+    def test_rise(self, empty: Run) -> None:
+        said = self.said(empty, BEFORE, BEFORE + np.linspace(0.3, 0.4, 12))
+        assert "On 12 test slices mean DSC rose from 0.410 to 0.760 (+0.350, 95 % CI +0.3" in said
+        assert said.endswith("Wilcoxon p < 0.001); all 12 rose.")
+
+    def test_fall(self, empty: Run) -> None:
+        said = self.said(empty, BEFORE + 0.3, BEFORE + np.linspace(0.1, 0.2, 12))
+        assert "mean DSC fell from 0.710 to 0.560 (−0.150, 95 % CI −0.1" in said
+        assert said.endswith("all 12 fell. Tuning made it worse here.")
+        assert "rose" not in said
+
+    def test_no_clear_change(self, empty: Run) -> None:
+        said = self.said(empty, BEFORE, BEFORE + np.tile([0.1, -0.09], 6))
+        assert "went from 0.410 to 0.415" in said
+        assert "6 rose and 6 fell. That is no clear change: the interval includes 0." in said
+
+    def test_unchanged(self, empty: Run) -> None:
+        said = self.said(empty, BEFORE, BEFORE)
+        assert "stayed at 0.410 (±0.000, 95 % CI ±0.000 to ±0.000); all 12 stayed the same." in said
+        assert "Wilcoxon" not in said
+
+    def test_a_single_target(self, empty: Run) -> None:
+        write_evaluation(empty, "untouched", BEFORE[:1], KEYS[:1])
+        write_evaluation(empty, "tuned", AFTER[:1], KEYS[:1])
+        said = answer(read_run(empty))
+        assert said.startswith("On 1 test slice mean DSC went from 0.300 to 0.750 (+0.450).")
+        assert "neither an interval nor a test" in said
+
+    @pytest.mark.parametrize(("name", "said"), [("untouched", "before"), ("tuned", "after")])
+    def test_one_evaluation(self, empty: Run, name: str, said: str) -> None:
+        write_evaluation(empty, name, BEFORE)
+        other = {"before": "after", "after": "before"}[said]
+        assert answer(read_run(empty)) == (
+            f"On 12 test slices mean DSC is 0.410 {said} tuning. Whether tuning changed that is not known: "
+            f"there is no evaluation {other} it."
+        )
+        text = Outline(page_of(empty)).text
+        assert f"the evaluation {other} tuning: trainer test -c" in text
+        assert "Every target" not in text
+
+    def test_unseen_is_said_only_where_the_trace_shows_it(self, full: Run) -> None:
+        assert subject(read_run(full)) == "12 unseen slices"
+        assert "Other slices of this volume were trained on." in limits(read_run(full))
+        full.trace.write_text(f"epoch,batch,step,loss,keys\n0,0,0,1.0,{KEYS[0]} {KEYS[4]}\n")
+        assert subject(read_run(full)) == "12 test slices"
+        assert "2 of the 12 evaluated samples were also trained on" in " ".join(limits(read_run(full)))
+
+    def test_volumes_are_counted(self, full: Run) -> None:
+        assert "All 12 slices come from one volume" in limits(read_run(full))[0]
+        two = [f"toy-{'ab'[number % 2]}-a{number:05d}" for number in range(12)]
+        write_evaluation(full, "untouched", BEFORE, two)
+        write_evaluation(full, "tuned", AFTER, two)
+        assert "The 12 slices come from 2 volumes" in limits(read_run(full))[0]
+        plain = [f"photo-{number:03d}x" for number in range(12)]
+        write_evaluation(full, "untouched", BEFORE, plain)
+        write_evaluation(full, "tuned", AFTER, plain)
+        assert limits(read_run(full)) == []
+        assert subject(read_run(full)) == "12 unseen images"
+        assert volume_of("icbm152-white-matter-c10868632198ea58-a00058") == "icbm152-white-matter-c10868632198ea58"
+
+    def test_numbers(self) -> None:
+        assert [signed(value) for value in (0.5, -0.5, 0.0004, None)] == ["+0.500", "−0.500", "±0.000", "–"]
+        assert [duration(value) for value in (4.45, 144.58, 59.99, 7384, None)] == [
+            *("4.5 s", "2 min 25 s", "60.0 s", "2 h 03 min", "–"),
+        ]
+        assert p_value(2e-13).replace("\u00a0", " ") == "p < 0.001"
+        assert p_value(0.0312).replace("\u00a0", " ") == "p = 0.031"
+        assert [measure(value).replace("\u00a0", " ") for value in (2.1e-5, 0.31, 0, 1500.0)] == [
+            *("2.1 × 10⁻⁵", "0.31", "0", "1,500"),
+        ]
+
+
+class TestPage:
+    def test_everything_is_there_in_order(self, full: Run) -> None:
+        outline = Outline(page_of(full))
+        titles = re.findall(r"<h2>(.*?)</h2>", page_of(full))
+        assert titles == [
+            *("Key figures", "Before and after", "Training", "Every target", "By term", "Worst cases", "Export gate"),
+            *("About the run", "Time", "Recipe"),
+        ]
+        for said in (
+            "toy & run",
+            "Does it <help>?",
+            "Caveat. one & only.",
+            "11 rose and 1 fell",
+            "25.00 % of 2.00 M",
+            "✓ verified",
+            "litemedsam in tool 1.2",
+            "c0ffee with uncommitted changes",
+            "ab" * 32,
+            "torch 2.14.1",
+            "1 min 40 s",
+            "seed_everything: 0",
+        ):
+            assert said in outline.text, said
+        assert outline.text.count("one & only.") == 2, "in its box and in the recipe, not in the question"
+        assert "Missing here" not in outline.text
+
+    def test_needs_nothing_from_outside(self, full: Run) -> None:
+        page = page_of(full)
+        assert "http://" not in page
+        assert "https://" not in page
+        assert "@import" not in page
+        assert "url(" not in page
+        for tag, attributes in Outline(page).tags:
+            assert tag not in ("script", "link", "iframe", "object"), tag
+            for name in ("src", "href", "xlink:href"):
+                value = attributes.get(name) or "#"
+                assert value.startswith(("#", "data:image/")), value
+            assert not any(name.startswith("on") for name in attributes)
+        assert len(page.encode()) < 3_000_000
+
+    def test_text_of_the_run_is_escaped(self, full: Run) -> None:
+        write_export(full, "bad", None, format="<i>", notes=["<u>x</u>"], file="<s>", consumer="<q>", sha256="<em>")
+        page = page_of(full)
+        assert "<script>" not in page
+        assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; co" in page
+        for tag in ("<help>", "<i>", "<u>", "<s>", "<q>", "<em>"):
+            assert tag not in page, tag
+            assert tag.replace("<", "&lt;").replace(">", "&gt;") in page, tag
+
+    def test_pictures_are_stored_once_and_described(self, full: Run) -> None:
+        page = page_of(full)
+        outline = Outline(page)
+        assert page.count("data:image/") == 6
+        ids = [attributes["id"] for _, attributes in outline.tags if attributes.get("id")]
+        assert len(ids) == len(set(ids))
+        for tag, attributes in outline.tags:
+            if tag == "use":
+                assert (attributes["href"] or "").removeprefix("#") in ids
+            if tag == "svg":
+                assert attributes.get("aria-label") or attributes.get("aria-hidden") == "true"
+
+    def test_lines_of_targets_that_fell_differ(self, full: Run) -> None:
+        page = page_of(full)
+        assert page.count('class="pair rose"') == 11
+        assert page.count('class="pair fell"') == 1
+        assert re.search(r'class="pair fell"><title>toy-c10868632198ea58-a00003 [^<]*\(−0\.0', page)
+
+    def test_worst_cases_are_the_ten_lowest(self, full: Run) -> None:
+        part = page_of(full).partition("<h2>Worst cases</h2>")[2].partition("</section>")[0]
+        expected = [KEYS[number] for number in np.argsort(AFTER)[:10]]
+        assert re.findall(r"<code>(.*?)</code>", part) == expected
+
+    def test_a_run_without_anything(self, empty: Run) -> None:
+        text = Outline(page_of(empty)).text
+        assert "toy-run" in text
+        assert "Does it <help>?" in text
+        assert "one & only." in text
+        assert "There is no answer yet: this run has not been evaluated." in text
+        for command in (
+            "trainer fit -c toy-run/recipe.yaml",
+            "trainer test -c toy-run/recipe.yaml ",
+            "trainer test -c toy-run/recipe.yaml --ckpt_path last",
+            "trainer export toy-run --to",
+        ):
+            assert command in text, command
+        assert "no run.json" in text
+        assert str(empty.root.parent) not in text, "no path of this machine"
+
+    def test_a_run_that_was_only_fitted(self, full: Run) -> None:
+        for name in ("untouched", "tuned"):
+            for path in full.evaluation(name).iterdir():
+                path.unlink()
+        text = Outline(page_of(full)).text
+        assert "has not been evaluated" in text
+        assert "Training" in text
+        assert "Worst cases" not in text
+        assert "Before and after" not in text
+
+    @pytest.mark.parametrize(
+        ("verified", "more", "said"),
+        [
+            (None, {"notes": ["tool is not installed"]}, "? NOT verified litemedsam: tool is not installed"),
+            (
+                False,
+                {"max_logit_difference": 0.3, "tolerance": 1e-4},
+                "✗ failed litemedsam: logits differ by 0.3; the tolerance is 1.0 × 10⁻⁴",
+            ),
+            ("yes", {}, "? NOT verified litemedsam: no reason was recorded"),
+        ],
+    )
+    def test_gate_names_what_is_wrong(self, empty: Run, verified: bool | None, more: dict, said: str) -> None:
+        write_export(empty, "litemedsam", verified, **more)
+        write_export(empty, "other", True)
+        assert said in Outline(page_of(empty)).text
+
+    def test_other_evaluations_are_listed(self, full: Run) -> None:
+        write_evaluation(full, "external", BEFORE)
+        text = Outline(page_of(full)).text
+        assert "external 12 0.410 ±" in text
+
+    def test_many_targets_stay_readable(self, empty: Run) -> None:
+        keys = [f"toy-v{number % 7}-a{number:05d}" for number in range(1000)]
+        scores = np.random.default_rng(0).uniform(0, 1, (2, 1000))
+        write_evaluation(empty, "untouched", scores[0], keys, panels=False)
+        write_evaluation(empty, "tuned", scores[1], keys, panels=False)
+        page = page_of(empty)
+        assert page.count('class="pair ') == 300
+        assert "Lines are drawn for 300 of them" in page
+
+    def test_a_damaged_table_is_one_line(self, full: Run) -> None:
+        table = full.evaluation("tuned") / "per_case.csv"
+        table.write_text(table.read_text().replace("dsc", "dice", 1))
+        with pytest.raises(UserError, match=r"per_case.csv: the column 'dsc' is missing"):
+            write_report(full)
+
+
+class TestCommand:
+    def test_writes_both_and_shows_the_result(self, full: Run, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run_command(lambda: report_command([str(full.root)]), "trainer") == 0
+        shown = capsys.readouterr().out
+        assert f"{BEFORE.mean():.3f} → {AFTER.mean():.3f}" in shown
+        assert "verified" in shown
+        assert f"report: {full.root / 'report.html'}" in shown
+        assert (full.root / "report.html").is_file()
+        assert (full.root / "summary.json").is_file()
+        assert not list(full.root.glob("*.tmp"))
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["nowhere"], "is no run: it has no recipe.yaml"),
+            ([], "the following arguments are required: RUN; see trainer report --help"),
+            (["nowhere", "--hlep"], "unexpected '--hlep'; did you mean '--help'?"),
+        ],
+    )
+    def test_mistakes_are_one_line(self, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run_command(lambda: report_command(arguments), "trainer") == 2
+        shown = capsys.readouterr()
+        assert said in shown.err
+        assert shown.err.count("\n") == 1
+        assert shown.out == ""
+
+    def test_help_teaches(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert report_command(["--help"]) == 0
+        assert "trainer report runs/quickstart" in capsys.readouterr().out
+
+    def test_needs_no_torch(self, full: Run) -> None:
+        program = (
+            "import sys; from trainer.report.cli import report_command; "
+            "assert report_command([sys.argv[1]]) == 0; "
+            "print(sorted({'torch', 'lightning', 'transformers', 'matplotlib'} & set(sys.modules)))"
+        )
+        result = subprocess.run([sys.executable, "-c", program, full.root], capture_output=True, text=True, check=False)
+        assert result.stdout.endswith("[]\n"), result.stdout + result.stderr
