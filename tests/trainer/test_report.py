@@ -571,6 +571,13 @@ class TestCommand:
         assert (full.root / "summary.json").is_file()
         assert not list(full.root.glob("*.tmp"))
 
+    def test_names_what_is_missing_with_the_folder_as_given(
+        self, empty: Run, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert report_command([str(empty.root)]) == 0
+        shown = capsys.readouterr().out
+        assert f"missing: the evaluation before tuning; made by `trainer test -c {empty.root}/recipe.yaml`" in shown
+
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from data_shards.errors import UserError, nearest
@@ -85,5 +86,6 @@ def _show(run: Run, summary: dict[str, Any]) -> None:
     table.add_row("time", duration(summary["seconds"]))
     table.add_row("export gate", {True: "verified", False: "NOT verified", None: "no export"}[verified])
     Console().print(table)
-    for what, command in read_run(run).missing().items():
+    # here, unlike in a page that is sent round, the folder is written as the user wrote it
+    for what, command in replace(read_run(run), shown=str(run.root)).missing().items():
         print(f"missing: {what}; made by `{command}`")

@@ -129,12 +129,12 @@ def _panels(data: RunData) -> str:
         f"{' after tuning' if data.after else ''}; the numbers are DSC."
     )
     figures = "\n".join(draw(choice, number) for number, choice in enumerate(choices))
-    title = "Before and after" if choices[0].before and choices[0].after else "Pictures"
+    paired = choices[0].before and choices[0].after
     return section(
-        title,
+        "Before and after" if paired else "Pictures",
         paragraph(note, "note"),
         f'<div class="legend" role="group" aria-label="Legend: what is drawn">{legend}</div>',
-        f'<div class="panels">\n{figures}\n</div>',
+        f'<div class="{"panels" if paired else "panels single"}">\n{figures}\n</div>',
     )
 
 

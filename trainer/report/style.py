@@ -65,7 +65,8 @@ body:has(#show-prompt:not(:checked)) .tile .prompt { display: none; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 2rem 1.6rem; }
 figure { margin: 0; min-width: 0; }
 .tiles { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; }
-.tiles > :only-child { grid-column: 1 / -1; max-width: 60%; }
+.panels.single { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
+.tiles > :only-child { grid-column: 1 / -1; }
 .tile svg { display: block; width: 100%; aspect-ratio: 1; background: #000; border-radius: 4px; }
 .tile p { margin: .25rem 0 0; font-size: .9rem; }
 .tile b { color: var(--ink); font-weight: 600; }
