@@ -196,9 +196,9 @@ class TestCurves:
         assert curves["test/dsc"] == {0: 0.4}, "the version of an evaluation neither cuts nor is cut"
 
     def test_a_run_begun_anew_keeps_nothing_of_the_old_one(self, empty: Run) -> None:
-        write_log(empty, 0, [{"step": s, "train/loss": 9.0} for s in range(20)])
+        write_log(empty, 0, [{"step": s, "train/loss": 9.0, "val/dsc": 0.5} for s in range(20)])
         write_log(empty, 1, [{"step": s, "train/loss": 1.0} for s in range(5)])
-        assert read_curves(empty.root / "logs")["train/loss"] == dict.fromkeys(range(5), 1.0)
+        assert read_curves(empty.root / "logs") == {"train/loss": dict.fromkeys(range(5), 1.0)}
 
     def test_versions_are_in_order_of_their_numbers(self, empty: Run) -> None:
         write_log(empty, 10, [{"step": 0, "train/loss": 2.0}])
@@ -292,6 +292,13 @@ class TestPanels:
         xs, ys = points.T
         area = abs(np.sum(xs * np.roll(ys, -1) - ys * np.roll(xs, -1))) / 2
         assert area == pytest.approx(2400, abs=1), "but for the cut corners"
+
+    def test_a_mask_of_very_many_pieces_stays_light(self) -> None:
+        noise = (np.random.default_rng(0).random((1200, 1200)) > 0.5).astype(np.uint8)
+        panel = Panel("k", "t", noise * 255, noise, 1 - noise, np.array([0, 0, 1199, 1199], np.float32))
+        drawn = draw(Choice("Worst", panel, panel), 0)
+        assert len(drawn) < 450_000, "six of them fit a page of 3 MB"
+        assert re.search(r'class="truth" transform="[^"]*" d="M', drawn)
 
     def test_crop_holds_the_target_within_the_image(self) -> None:
         truth = np.zeros((200, 300), np.uint8)
@@ -468,6 +475,7 @@ class TestPage:
         write_export(full, "bad", None, format="<i>", notes=["<u>x</u>"], file="<s>", consumer="<q>", sha256="<em>")
         page = page_of(full)
         assert "<script>" not in page
+        assert page.count("one &amp; only.") == 2
         assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; co" in page
         for tag in ("<help>", "<i>", "<u>", "<s>", "<q>", "<em>"):
             assert tag not in page, tag

@@ -22,6 +22,8 @@ from trainer.report.panels import Panel
 
 SIDE = 480
 """Longest side of a picture in pixels; larger ones are made smaller."""
+MOST_TEXT = 60_000
+"""Characters of an outline; one that needs more is drawn coarser, so that the page stays light."""
 SHOWN = 6
 
 
@@ -164,18 +166,27 @@ def _image(panel: Panel, crop: Crop) -> str:
 
 
 def _outline(mask: np.ndarray, crop: Crop, kind: str) -> str:
-    """A mask's outline within the crop, as a path."""
-    coarse = -(-crop.side // (2 * SIDE))  # every n-th pixel of a very large crop
+    """A mask's outline within the crop, as a path; coarser for a large crop or a mask of very many pieces."""
+    coarse = -(-crop.side // (2 * SIDE))  # every n-th pixel
     x0, y0 = max(crop.x, 0), max(crop.y, 0)
-    part = (mask[y0 : crop.y + crop.side, x0 : crop.x + crop.side] != 0)[::coarse, ::coarse]
-    if not part.any():
+    part = mask[y0 : crop.y + crop.side, x0 : crop.x + crop.side] != 0
+    drawn = _trace(part[::coarse, ::coarse])
+    while len(drawn) > MOST_TEXT:
+        coarse *= 2
+        drawn = _trace(part[::coarse, ::coarse])
+    if not drawn:
         return ""
-    # a margin of background closes outlines at the border
-    lines = contour_generator(z=np.pad(part, 1).astype(np.float32)).lines(0.5)
-    drawn = "".join(_path(np.asarray(line)) for line in lines)
-    # outlines run through half pixels: doubled, their coordinates are whole, and short to write
     half = coarse / 2
     return f'<path class="{kind}" transform="translate({x0 - half:g} {y0 - half:g}) scale({half:g})" d="{drawn}"/>'
+
+
+def _trace(mask: np.ndarray) -> str:
+    """Outlines of a mask (H, W) with a margin of one pixel, in half pixels: these are whole numbers, short to write."""
+    if not mask.any():
+        return ""
+    # the margin of background closes outlines at the border
+    lines = contour_generator(z=np.pad(mask, 1).astype(np.float32)).lines(0.5)
+    return "".join(_path(np.asarray(line)) for line in lines)
 
 
 def _path(points: np.ndarray) -> str:
