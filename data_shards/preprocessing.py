@@ -39,7 +39,8 @@ class Rescale:
         if self.high <= self.low:  # a blank volume: nothing to stretch
             return np.where(volume > self.low, np.uint8(255), np.uint8(0))
         scale = 255.0 / (self.high - self.low)
-        mapped = (volume.astype(np.float32) - np.float32(self.low)) * np.float32(scale)
+        exact = np.result_type(volume.dtype, np.float32).type  # float32 for 16-bit data, float64 where it is needed
+        mapped = (volume.astype(exact) - exact(self.low)) * exact(scale)
         return np.rint(np.clip(mapped, 0, 255)).astype(np.uint8)
 
     def provenance(self) -> dict[str, Any]:

@@ -6,6 +6,8 @@ Heavy libraries are imported by the functions that use them, so that ``--help`` 
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +57,25 @@ def _load(path: Path) -> Any:
     """Return nibabel's image of a file."""
     import nibabel
 
-    if not path.name.lower().endswith(".gz"):
-        return nibabel.load(path)
-    # nibabel stops before the checksum at the end of a gzip file: unpacked whole, damage is found.
-    data = gzip.decompress(path.read_bytes())
-    second = 540 in (int.from_bytes(data[:4], "little"), int.from_bytes(data[:4], "big"))
-    return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(data)
+    with _quiet():
+        if not path.name.lower().endswith(".gz"):
+            return nibabel.load(path)
+        # nibabel stops before the checksum at the end of a gzip file: unpacked whole, damage is found.
+        data = gzip.decompress(path.read_bytes())
+        second = 540 in (int.from_bytes(data[:4], "little"), int.from_bytes(data[:4], "big"))
+        return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(data)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep nibabel from logging what it mends in a header: the lines do not name the file, and the rest it raises."""
+    from nibabel.imageglobals import logger
+
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _stored_values(proxy: Any) -> np.ndarray:

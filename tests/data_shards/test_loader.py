@@ -219,7 +219,9 @@ def test_damage_is_one_line_from_the_loader_too(folder: Path, tmp_path: Path) ->
         if path.suffix == ".tar":
             data[int(shards.index.json_offset[0]) + 2] ^= 1
         (copy / path.name).write_bytes(data)
-    iterator = iter(loader(copy, workers=2))
+    source = loader(copy, workers=2)
     with pytest.raises(UserError) as caught:
-        list(iterator)
+        list(source)
+    if source._loader._iterator is not None:  # left to the garbage collector, its workers would be waited for
+        source._loader._iterator._shutdown_workers()
     assert str(caught.value).startswith(f"{copy}/shard-00000") and "is damaged" in str(caught.value)

@@ -40,6 +40,13 @@ def test_a_blank_volume_stays_blank(kind: MinMax | Percentiles, value: int) -> N
     assert np.unique(kind.apply(np.full((2, 3, 4), value, np.int16))).tolist() == [0]
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64", "float64"])
+def test_large_numbers_keep_their_differences(dtype: str) -> None:
+    volume = np.array([[[2**30, 2**30 + 1, 2**30 + 2]]], dtype)
+    assert MinMax().apply(volume).tolist() == [[[0, 128, 255]]]
+    assert Window(level=2**30 + 1, width=2).apply(volume).tolist() == [[[0, 128, 255]]]
+
+
 def test_minmax_and_none() -> None:
     volume = np.array([[[-10.0, 0.0, 10.0]]], np.float32)
     assert MinMax().apply(volume).tolist() == [[[0, 128, 255]]]
@@ -50,6 +57,9 @@ def test_minmax_and_none() -> None:
 def test_bad_parameters() -> None:
     with pytest.raises(UserError, match="width must be above 0"):
         Window(level=0, width=0)
+    for bad in ({"level": 0, "width": np.nan}, {"level": 0, "width": np.inf}, {"level": np.nan, "width": 1}):
+        with pytest.raises(UserError, match="width must be above 0 and level a number"):
+            Window(**bad)
     with pytest.raises(UserError, match="low < high"):
         Percentiles(low=99, high=1)
 

@@ -158,6 +158,32 @@ def test_gzip_with_a_flipped_byte_is_refused(tmp_path: Path) -> None:
         read_volume(path)
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "U3", "S3", "M8[s]", "longdouble"])
+def test_values_that_are_no_plain_numbers_are_refused(tmp_path: Path, dtype: str) -> None:
+    np.savez(tmp_path / "a.npz", imgs=np.zeros((2, 3, 4), dtype))
+    with pytest.raises(UserError, match=r"a\.npz: the image holds values of type .*; plain numbers are needed"):
+        read_volume(tmp_path / "a.npz")
+
+
+def test_npz_of_the_other_byte_order(tmp_path: Path) -> None:
+    array = np.arange(24, dtype=">u2").reshape(2, 3, 4)
+    np.savez(tmp_path / "a.npz", imgs=array)
+    volume = read_volume(tmp_path / "a.npz").array
+    assert volume.dtype == np.dtype("uint16") and volume.dtype.isnative
+    np.testing.assert_array_equal(volume, array)
+
+
+def test_what_nibabel_mends_is_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = save_nifti(tmp_path / "a.nii", np.zeros((2, 3, 4), np.uint8))
+    data = bytearray(path.read_bytes())
+    data[80:84] = np.float32(-0.5).tobytes()  # pixdim[1]
+    path.write_bytes(data)
+    assert read_volume(path).spacing == (2.0, 0.75, 0.5)
+    assert caplog.records == []
+    nibabel.load(path)
+    assert caplog.records  # nibabel does log it
+
+
 def test_missing_unknown_and_misspelt(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.nii: no such file"):
         read_volume(tmp_path / "none.nii")

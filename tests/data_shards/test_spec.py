@@ -84,6 +84,10 @@ def target(**changes: object) -> list[dict]:
         ({"slices": {"start": 5, "stop": 5}}, "slices: stop (5) must be above start (5)"),
         ({"split": {"kind": "patient"}}, "split.kind: unknown kind 'patient'; did you mean 'patients'?"),
         ({"split": {"kind": "patients", "fractions": {"a": 0.1}}}, "split: the fractions must add up to 1"),
+        (
+            {"split": {"kind": "patients", "fractions": {"a": float("nan")}}},
+            "split: the fraction of 'a' must be above 0",
+        ),
         ({"split": {"kind": "patients", "fractions": {"a": "x"}}}, "split.fractions: expected a mapping of names"),
         ({"shards": {"max_samples": 0}}, "shards: max_samples and max_bytes must be at least 1"),
         ({"salt": "a", "salt_env": "B"}, "salt and salt_env exclude each other"),
@@ -138,6 +142,7 @@ def test_pattern_with_a_folder_per_case(tmp_path: Path) -> None:
         ({"image": "imgs/{id}.nii.gz", "mask": "gts/{id}_seg.nii.gz", "patient": "("}, "not a regular expression"),
         ({"image": "package://no_such_package/a.nii", "mask": "a.nii"}, "pip install no_such_package"),
         ({"image": "package://nilearn/none.nii", "mask": "toy.yaml"}, "none.nii: no such file"),
+        ({"image": "toy.yaml", "mask": "toy.yaml", "patient": "{id}"}, "patient '{id}': {id} has no meaning"),
         ({"image": "toy.yaml", "mask": "toy.yaml"}, "no reader for '.yaml' files"),
     ],
 )
