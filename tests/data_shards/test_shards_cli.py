@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from toy import make_case, make_inputs, save_nifti, write_spec
+
+from data_shards.cli import main
+from data_shards.index import Index
+from data_shards.schema import from_mapping
+from data_shards.spec import Spec
+
+IMAGE, MASK = "imgs/PAT1_scan.nii.gz", "gts/PAT1_scan_seg.nii.gz"
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--help"])
+    assert caught.value.code == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and max(map(len, captured.out.splitlines())) <= 100
+    return captured.out
+
+
+def test_help_teaches_with_a_spec_that_works(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = help_of(capsys)
+    for command in ("build", "verify", "inspect"):
+        assert f"data-shards {command} " in text
+        assert help_of(capsys, command).startswith(f"usage: data-shards {command}")
+    block = re.search(r"^  dataset:.*?(?=^\S)", text, re.MULTILINE | re.DOTALL)
+    assert block
+    spec = from_mapping(Spec, yaml.safe_load(block[0]), "help")
+    for number in range(5):
+        image, labels = make_case(number)
+        save_nifti(tmp_path / "imgs" / f"P{number}_a.nii.gz", image)
+        save_nifti(tmp_path / "gts" / f"P{number}_a_seg.nii.gz", labels)
+    (tmp_path / "spec.yaml").write_text(block[0])
+    assert main(["build", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / "out")]) == 0
+    assert sorted(spec.split.split_names([])) == sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir())
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"build": ["--out", "--root", "--overwrite"], "verify": [], "inspect": ["--sample", "--png"]}
+    for command, names in options.items():
+        text = help_of(capsys, command)
+        assert re.findall(r"^  (--\w+)", text, re.MULTILINE) == names
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "data-shards build SPEC.yaml" in capsys.readouterr().out
+
+
+def test_build_verify_and_reuse_say_what_they_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec, out = make_inputs(tmp_path, slices={"min_area": 2}), tmp_path / "out"
+    assert main(["build", str(spec), "--out", str(out)]) == 0
+    text = capsys.readouterr()
+    assert text.err == "" and "dropped 4 targets 'renal cyst' below min_area" in text.out
+    assert text.out.endswith(f"built {out}\n")
+    rows = [re.findall(r"[\w.]+", line) for line in text.out.splitlines() if line.startswith("│")]
+    assert [row[:4] for row in rows] == [["test", "12", "12", "2"], ["train", "12", "12", "2"]]
+    assert main(["build", str(spec), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.endswith(f"reused {out}\n")
+    assert main(["verify", str(out)]) == 0
+    assert re.fullmatch(r"OK: 24 samples, 24 targets in 2 splits, \d\.\d MB at \d+ MB/s\n", capsys.readouterr().out)
+
+
+def test_a_warning_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_inputs(tmp_path, cases=2)
+    cases = [
+        {"image": f"imgs/PAT{n}_scan.nii.gz", "mask": f"gts/PAT{n}_scan_seg.nii.gz", "patient": "p", "split": split}
+        for n, split in enumerate(("train", "test"))
+    ]
+    spec = write_spec(tmp_path / "s.yaml", cases=cases, split={"kind": "explicit"})
+    assert main(["build", str(spec), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == (
+        "data-shards: warning: 1 of 1 patients are in more than one split: scores will flatter\n"
+    )
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that must fail with one line; return the line."""
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.endswith("\n")
+    assert captured.err.startswith("data-shards: error: ") and "Traceback" not in captured.err
+    return captured.err.removeprefix("data-shards: error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["biuld", "x"], "unknown command 'biuld'; did you mean 'build'?"),
+        (["zzz"], "unknown command 'zzz'; known: build, inspect, verify"),
+        (["--hepl"], "unknown option '--hepl'; did you mean '--help'?"),
+        (["build", "x.yaml", "--ot", "y"], "build: unknown option '--ot'; did you mean '--out'?"),
+        (
+            ["build", "x.yaml", "--out", "y", "--overwite"],
+            "build: unknown option '--overwite'; did you mean '--overwri",
+        ),
+        (["build", "x.yaml", "--rot=a", "--out=y"], "build: unknown option '--rot'; did you mean '--root'?"),
+        (["inspect", "y", "--sampel", "k"], "inspect: unknown option '--sampel'; did you mean '--sample'?"),
+        (["verify", "y", "--zzz"], "verify: unknown option '--zzz'; known: --help, -h"),
+        (["build", "x.yaml"], "the following arguments are required: --out; see data-shards build --help"),
+        (["build", "--out", "y"], "the following arguments are required: SPEC.yaml; see data-shards build --help"),
+        (["build", "x.yaml", "--out"], "argument --out: expected one argument; see data-shards build --help"),
+        (["verify", "a", "b"], "verify: unexpected 'b'; see data-shards verify --help"),
+    ],
+)
+def test_mistakes_in_the_command(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert message in complaint(capsys, *arguments)
+
+
+def build_complaint(capsys: pytest.CaptureFixture[str], folder: Path, spec: Path | None = None) -> str:
+    line = complaint(capsys, "build", spec or folder / "toy.yaml", "--out", folder / "out")
+    assert not (folder / "out").exists() and not list(folder.glob(".*"))
+    return line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("cases: [\n  - image: a\n", "not valid YAML: while parsing"),
+        ("a: b: c\n", "not valid YAML: mapping values are not allowed here"),
+        ("\tx: 1\n", "not valid YAML: while scanning"),
+        ("", "expected a mapping of keys to values, got None"),
+        ("just words\n", "expected a mapping of keys to values, got 'just words'"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (None, "no such spec file"),
+    ],
+)
+def test_files_that_are_no_spec(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | bytes | None, message: str
+) -> None:
+    path = tmp_path / "bad.yaml"
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    assert build_complaint(capsys, tmp_path, path).startswith(f"{path}: {message}")
+    if content is None:
+        assert f"{tmp_path}: cannot be read" in build_complaint(capsys, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modalty": "CT"}, "unknown key 'modalty'; did you mean 'modality'?"),
+        (
+            {"intensity": {"kind": "window", "levle": 1, "width": 3}},
+            "intensity: unknown key 'levle'; did you mean 'lev",
+        ),
+        ({"split": {"kind": "slab"}}, "split.kind: unknown kind 'slab'; did you mean 'slabs'?"),
+        ({"targets": None}, "the key 'targets' is missing"),
+        ({"targets": [{"term": "kidney", "value": 9}]}, "the mask holds none of 'kidney': correct their values in the"),
+        (
+            {"split": {"kind": "patients", "fractions": {"train": 0.9, "test": 0.1}}},
+            "split 'test' gets none of the 4 p",
+        ),
+        ({"slices": {"start": 50}}, "got no slice: widen 'slices' or 'split' in the spec"),
+        ({"cases": [{"image": "a/{id}.nii", "mask": "{id}", "patient": "{id}"}]}, "no file fits 'a/{id}.nii': correct"),
+    ],
+)
+def test_mistakes_in_the_spec(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict, message: str) -> None:
+    make_inputs(tmp_path)
+    write_spec(tmp_path / "toy.yaml", **changes)
+    assert message in build_complaint(capsys, tmp_path)
+
+
+def nan_volume(path: Path) -> None:
+    image = make_case(1)[0].astype(np.float32)
+    image[3, 4, 5:7] = np.nan
+    save_nifti(path, image)
+
+
+def flipped_gzip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_shape(path: Path) -> None:
+    save_nifti(path, make_case(1)[1][:, 1:])
+
+
+def empty_mask(path: Path) -> None:
+    save_nifti(path, make_case(1)[1] * 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        (IMAGE, Path.unlink, "no such file: correct the spec or pass --root"),
+        (MASK, Path.unlink, "no such file: correct the spec or pass --root"),
+        (MASK, other_shape, "shape (10, 23, 20) (z, y, x) differs from (10, 24"),
+        (MASK, empty_mask, "the mask holds none of 'left kidney', 'renal cyst'"),
+        (IMAGE, nan_volume, "2 of 4800 voxels are NaN or infinite: repair the file or leave the case out"),
+        (IMAGE, flipped_gzip, "cannot be read, is it complete?"),
+        (IMAGE, cut, "cannot be read, is it complete? (EOFError: Compressed file ended"),
+        (MASK, cut, "cannot be read, is it complete?"),
+        (IMAGE, lambda path: path.write_bytes(b""), "cannot be read, is it complete?"),
+        (IMAGE, lambda path: path.write_text("hello"), "cannot be read, is it complete?"),
+    ],
+)  # fmt: skip
+def test_bad_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Callable[[Path], object], message: str
+) -> None:
+    cases = [
+        {"image": f"imgs/PAT{n}_scan.nii.gz", "mask": f"gts/PAT{n}_scan_seg.nii.gz", "patient": f"{n}"}
+        for n in range(2)
+    ]
+    make_inputs(tmp_path, cases=2)
+    write_spec(tmp_path / "toy.yaml", cases=cases)
+    damage(tmp_path / name)
+    line = build_complaint(capsys, tmp_path)
+    assert str(tmp_path / name) in line and message in line
+
+
+@pytest.mark.parametrize("which", ["image", "mask"])
+def test_corrupt_npz(tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str) -> None:
+    image, labels = make_case(0)
+    np.savez(tmp_path / "image.npz", imgs=image)
+    np.savez_compressed(tmp_path / "mask.npz", gts=labels)
+    case = {"image": "image.npz", "mask": "mask.npz", "patient": "p"}
+    write_spec(tmp_path / "toy.yaml", cases=[case], split={"kind": "slabs", "thickness": 5})
+    path = tmp_path / f"{which}.npz"
+    data = path.read_bytes()
+    flipped = bytearray(data)
+    flipped[150] ^= 0xFF
+    for content in (bytes(flipped), data[: len(data) // 2], b"PK\x03\x04", b""):
+        path.write_bytes(content)
+        assert build_complaint(capsys, tmp_path).startswith(f"{path}: cannot be read, is it complete?")
+
+
+def test_unwritable_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = make_inputs(tmp_path)
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    assert complaint(capsys, "build", spec, "--out", out) == (
+        f"{out}: cannot be written (Not a directory): choose another --out"
+    )
+    assert complaint(capsys, "build", spec, "--out", tmp_path / "imgs").endswith(
+        "imgs: exists and is no corpus: choose another --out"
+    )
+    missing = tmp_path / "none"
+    assert f"{missing}: no such folder: correct --root" in complaint(
+        capsys, "build", spec, "--out", tmp_path / "out", "--root", missing
+    )
+
+
+def test_a_folder_that_may_not_be_entered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_inputs(tmp_path)
+
+    def refuse(*_: object) -> bool:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "out"))
+
+    monkeypatch.setattr(Path, "exists", refuse)  # as root, no folder refuses
+    assert complaint(capsys, "build", spec, "--out", tmp_path / "out").startswith(
+        f"{tmp_path / 'out'}: permission denied"
+    )
+
+
+def test_a_corrupt_shard(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, index = corpus / "train" / "shard-000000.tar", Index.load(corpus / "train")
+    with path.open("r+b") as file:
+        file.seek(int(index.image_offset[0]) + 1)
+        file.write(b"\x00\x00\x00")
+    expected = f"{path}: sample '{index.key(0)}' is damaged, its bytes changed since the build: run `data-shards verify"
+    assert expected in complaint(capsys, "inspect", corpus)
+    assert expected in complaint(capsys, "inspect", corpus, "--sample", index.key(0))
+    assert main(["verify", str(corpus)]) == 2
+    text = capsys.readouterr()
+    assert re.match(r"2 problems in 39|2 problems in 40", text.out) and text.err.count("\n") == 2
+    assert all(line.startswith(f"data-shards: problem: {path}: ") for line in text.err.splitlines())
+
+
+def test_thousands_of_problems_are_not_all_printed(
+    corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_shards.cli._MOST_PROBLEMS", 5)
+    (corpus / "train" / "shard-000000.tar").write_bytes(b"")
+    assert main(["verify", str(corpus)]) == 2
+    text = capsys.readouterr()
+    assert text.out.startswith("22 problems in ")
+    assert len(text.err.splitlines()) == 6 and text.err.endswith("… and 17 more\n")
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_no_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    expected = "no corpus here (manifest.json or index.npz): run `data-shards build`"
+    assert complaint(capsys, command, tmp_path) == f"{tmp_path}: {expected}"
+    (tmp_path / "file").touch()
+    assert complaint(capsys, command, tmp_path / "file").startswith(f"{tmp_path / 'file'}: no corpus here")
+    (tmp_path / "manifest.json").write_text("{")
+    assert complaint(capsys, command, tmp_path).startswith(f"{tmp_path / 'manifest.json'}: damaged manifest")
+
+
+def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "data_shards.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_the_real_process(tmp_path: Path) -> None:
+    spec, out = make_inputs(tmp_path, cases=2), tmp_path / "out"
+    done = shell("build", spec, "--out", out)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith(f"built {out}\n")
+    assert shell("verify", out).returncode == 0
+    cut(tmp_path / IMAGE)
+    failed = shell("build", spec, "--out", tmp_path / "other")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert re.fullmatch(r"data-shards: error: .*PAT1_scan\.nii\.gz: cannot be read, .*\n", failed.stderr)
+    wrong = shell("inspct", out)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "data-shards: error: unknown command 'inspct'; did you mean 'inspect'?\n"
