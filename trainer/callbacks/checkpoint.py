@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from data_shards.errors import UserError
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Saves ``checkpoints/last.ckpt`` every few steps, and the best by a validation metric where one is named.
+    """Keeps ``checkpoints/last.ckpt`` up to date, to its very last step, and the best by a validation metric if named.
+
+    Lightning's own ``save_last`` leaves out the steps after the last multiple of its interval, and waits for a
+    validation where a metric is monitored.
 
     Args:
-        every_n_steps: Optimiser steps between saves.
-        monitor: Logged metric whose best checkpoint is kept besides, such as ``val/dsc``; null keeps the last only.
+        every_n_steps: Optimiser steps between saves of ``last.ckpt``.
+        monitor: Logged metric whose best checkpoints are kept besides, such as ``val/dsc``; null keeps the last only.
         mode: Whether more (``max``) or less (``min``) of the metric is better.
-        keep: How many of the best (or, without a metric, of the newest) are kept.
+        keep: How many of the best are kept.
         dirpath: Where to; ``checkpoints`` in the run by default.
     """
 
@@ -24,15 +33,39 @@ class RunCheckpoint(ModelCheckpoint):
         keep: int = 1,
         dirpath: str | None = None,
     ) -> None:
-        schedule = {"every_n_train_steps": every_n_steps} if monitor is None else {"save_on_train_epoch_end": False}
+        if every_n_steps < 1:
+            raise UserError(f"checkpoint.every_n_steps is 1 or more, not {every_n_steps}")
         super().__init__(
             dirpath=dirpath,
-            filename="step-{step:06d}",
+            filename="best-{step:06d}",
             auto_insert_metric_name=False,
             monitor=monitor,
             mode=mode,
-            save_top_k=keep,
-            save_last=True,
+            save_top_k=keep if monitor else 0,
+            save_on_train_epoch_end=False,
             enable_version_counter=False,
-            **schedule,
         )
+        self.every_n_steps = every_n_steps
+        self._saved_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where the run starts: that step needs no saving."""
+        super().on_train_start(trainer, pl_module)
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+        """Save after every so many optimiser steps."""
+        super().on_train_batch_end(trainer, pl_module, *arguments)
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save_last(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what the last steps have learnt."""
+        super().on_train_end(trainer, pl_module)
+        self._save_last(trainer)
+
+    def _save_last(self, trainer: Trainer) -> None:
+        if trainer.global_step != self._saved_step:
+            assert self.dirpath is not None
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+            self._saved_step = trainer.global_step

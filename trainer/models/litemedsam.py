@@ -111,6 +111,7 @@ class LiteMedSAM(SegmentationModel):
         self.prompt_encoder.shared_embedding.positional_embedding.requires_grad_(False)
         if weights is not None:
             load_strictly(self, from_original(read_weights(weights, weights_sha256)), weights)
+        self.train()  # a module is born in training mode without this being called: batch-norm would not be frozen
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, S, S) into features (B, 256, S/4, S/4)."""

@@ -1,0 +1,166 @@
+"""Whole commands on a tiny corpus: what they leave, and that a killed run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from pycocotools import mask as coco_mask
+
+from data_shards.dataset import ShardDataset
+from trainer.restore import restore
+from trainer.run import Run
+
+
+def steps(run: Path) -> dict[tuple[int, int], tuple[str, str, str]]:
+    """The trace by (epoch, batch); of a batch that was done twice, the later line."""
+    with (run / "trace.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    return {(int(r["epoch"]), int(r["batch"])): (r["step"], r["loss"], r["keys"]) for r in rows}
+
+
+def test_a_run_can_be_read_years_later(tiny_run, tiny_shards):
+    record = json.loads((tiny_run / "run.json").read_text())
+    assert record["question"] == "Does it run?"
+    assert record["data"]["train"]["index_sha256"] == ShardDataset(tiny_shards / "train").index.sha256
+    assert record["data"]["train"]["samples"] == 12
+    assert record["model"]["parameters"] == 9_791_556
+    assert record["model"]["preprocessing"]["image_size"] == 64
+    assert {"python", "torch", "lightning", "transformers"} <= record["versions"].keys()
+    assert set(json.loads((tiny_run / "stages.json").read_text())) == {"fit", "evaluate-untouched", "evaluate-tuned"}
+    recipe = (tiny_run / "recipe.yaml").read_text()
+    assert recipe.startswith("# Does it run?\n")
+    resolved = yaml.safe_load(recipe)
+    assert resolved["model"]["init_args"]["tuning"]["init_args"]["freeze"] == ["prompt_encoder"], "defaults are written"
+
+
+def test_every_step_sees_a_whole_batch_and_an_epoch_every_sample_once(tiny_run, tiny_shards):
+    trace = steps(tiny_run)
+    assert len(trace) == 8, "four steps of two micro-batches"
+    first_epoch = " ".join(keys for (epoch, _), (_, _, keys) in trace.items() if epoch == 0).split()
+    index = ShardDataset(tiny_shards / "train").index
+    assert sorted(first_epoch) == sorted(index.key(i) for i in range(12))
+    assert [step for step, _, _ in trace.values()] == ["0", "1", "1", "2", "2", "3", "3", "4"]
+
+
+def test_evaluations_score_every_target_and_training_changes_them(tiny_run, tiny_shards):
+    tables = {}
+    for name in ("untouched", "tuned"):
+        with (tiny_run / "evaluation" / name / "per_case.csv").open() as handle:
+            tables[name] = list(csv.DictReader(handle))
+        keys = [row["key"] for row in tables[name]]
+        index = ShardDataset(tiny_shards / "test").index
+        assert keys == [index.key(i) for i in range(len(index))]
+        assert all(0 <= float(row["iou"]) <= float(row["dsc"]) <= 1 for row in tables[name])
+    assert [r["dsc"] for r in tables["untouched"]] != [r["dsc"] for r in tables["tuned"]]
+
+
+def test_metrics_are_logged_by_step(tiny_run):
+    rows = [row for file in tiny_run.glob("logs/version_*/metrics.csv") for row in csv.DictReader(file.open())]
+    losses = [row for row in rows if row.get("train/loss")]
+    assert [int(row["step"]) for row in losses] == [0, 0, 1, 1, 2, 2, 3, 3] or len(losses) == 4
+    assert all(
+        float(r["train/dice_loss"]) + float(r["train/cross_entropy"]) == pytest.approx(float(r["train/loss"]), rel=1e-5)
+        for r in losses
+    )
+    assert any(row.get("train/images_per_second") for row in rows)
+    assert any(row.get("test/dsc") for row in rows)
+
+
+def test_the_checkpoint_holds_nothing_pickled_and_every_weight(tiny_run):
+    content = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)
+    module = restore(Run(tiny_run))
+    assert content["state_dict"].keys() == module.state_dict().keys()
+    assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in content["state_dict"].items())
+    assert content["global_step"] == 4
+
+
+def test_predict_writes_masks_at_native_resolution(tiny_recipe, trainer_command, tiny_shards, tmp_path):
+    assert trainer_command("predict", "-c", tiny_recipe)[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/predictions/rank-0.jsonl").read_text().splitlines()]
+    shards = ShardDataset(tiny_shards / "test")
+    assert [line["key"] for line in lines] == [shards.index.key(i) for i in range(len(shards))]
+    for position, line in enumerate(lines):
+        target = shards[position].targets[line["target"]]
+        assert line["term"] == "disc"
+        assert np.allclose(line["box"], target.box, atol=0.01)
+        assert coco_mask.decode(line["mask"]).shape == (48, 40)
+
+
+def test_progress_is_lines_where_there_is_no_terminal(tiny_recipe, trainer_command):
+    code, out, err = trainer_command("fit", "-c", tiny_recipe, "--trainer.max_steps", 2)
+    assert code == 0
+    assert "step 2/2" in out
+    assert "images/s" in out
+    assert err == "", "nothing to worry the user with"
+
+
+def test_lora_trains_little_and_leaves_the_encoder(tiny_recipe, trainer_command, tmp_path):
+    command = ("fit", "-c", tiny_recipe, "-c", "recipes/overlays/lora.yaml", "--trainer.max_steps", 2)
+    assert trainer_command(*command)[0] == 0
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["tuning"] == "LoRATuning"
+    assert record["model"]["trainable"] < record["model"]["parameters"] / 2
+    module = restore(Run(tmp_path / "run"))
+    adapters = {n: p for n, p in module.model.named_parameters() if "lora_B" in n}
+    assert adapters
+    assert any(p.abs().sum() > 0 for p in adapters.values()), "they have learnt"
+
+
+def test_accumulation_does_not_change_what_a_step_learns(tiny_recipe, trainer_command, tmp_path):
+    """Micro-batches of 1, 2 and 4 give the same step: same samples, same mean loss, nearly the same weights."""
+    weights = {}
+    for micro in (1, 4):
+        root = tmp_path / f"micro{micro}"
+        changed = ("--data.init_args.micro_batch_size", micro, "--trainer.default_root_dir", root)
+        assert trainer_command("fit", "-c", tiny_recipe, "--trainer.max_steps", 1, *changed)[0] == 0
+        state = torch.load(root / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        weights[micro] = {name: tensor.float() for name, tensor in state.items() if tensor.is_floating_point()}
+    apart = max(float((weights[1][n] - weights[4][n]).abs().max()) for n in weights[1])
+    # Adam's first step is lr × sign(gradient): only gradients near zero may tip over
+    tipped = sum(int(((weights[1][n] - weights[4][n]).abs() > 1e-4).sum()) for n in weights[1])
+    assert apart <= 2.1e-3
+    assert tipped < 0.01 * sum(t.numel() for t in weights[1].values())
+
+
+def test_killed_in_mid_epoch_a_run_goes_on_as_the_undisturbed_one(
+    tiny_recipe, trainer_process, trainer_command, tmp_path
+):
+    # 7 micro-batches in: step 3 of 6, inside the first epoch's last step
+    quiet = ("fit", "-c", tiny_recipe, "--data.init_args.micro_batch_size", 1, "--trainer.max_steps", 7)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert trainer_command(*quiet, "--trainer.default_root_dir", whole)[0] == 0
+    resumed = (*quiet, "--trainer.default_root_dir", killed, "--ckpt_path", "last", "--checkpoint.every_n_steps", 2)
+    process = trainer_process(*resumed)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        trace = killed / "trace.csv"
+        if trace.exists() and trace.read_text().count("\n") > 18:
+            break
+        time.sleep(0.01)
+    assert process.poll() is None, process.stdout.read()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = steps(killed)
+    assert 18 <= len(before) < 28
+    code, out, _ = trainer_command(*resumed)
+    assert code == 0
+    assert "going on from" in out
+    assert steps(killed) == steps(whole), "losses to the last printed digit, and the same samples in the same order"
+    last = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (whole, killed)]
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+
+
+def test_resuming_on_other_data_is_refused(tiny_recipe, trainer_command, tmp_path, tiny_shards):
+    assert trainer_command("fit", "-c", tiny_recipe, "--trainer.max_steps", 1)[0] == 0
+    other = ("--data.init_args.train", tiny_shards / "test", "--trainer.max_steps", 2, "--ckpt_path", "last")
+    code, _, err = trainer_command("fit", "-c", tiny_recipe, *other)
+    assert code == 2
+    assert "other training shards" in err
