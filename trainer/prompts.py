@@ -48,6 +48,8 @@ class BoxPrompts:
     def __init__(self, max_shift: int = 5, eval_shift: int = 0, seed: int = 0) -> None:
         if max_shift < 0 or eval_shift < 0:
             raise UserError(f"max_shift and eval_shift are pixels >= 0, not {max_shift} and {eval_shift}")
+        if seed < 0:
+            raise UserError(f"seed is 0 or more, not {seed}")
         self.max_shift, self.eval_shift, self.seed = max_shift, eval_shift, seed
 
     def __call__(
@@ -74,5 +76,6 @@ class BoxPrompts:
             shifts = torch.from_numpy(drawn).to(boxes)
         low = (boxes[:, :2] - shifts[:, :2]).clamp(min=0)
         limit = (sizes.flip(1) - 1).to(boxes)
-        high = torch.minimum(boxes[:, 2:] + shifts[:, 2:], limit)
+        # scaled down, the last pixel's index lies a fraction beyond the limit: such a side stays where it is
+        high = torch.maximum(boxes[:, 2:], torch.minimum(boxes[:, 2:] + shifts[:, 2:], limit))
         return torch.cat([low, high], dim=1)

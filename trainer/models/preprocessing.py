@@ -38,7 +38,8 @@ class Preprocessing:
         if self.resize == "squash":
             return self.image_size, self.image_size
         scale = self.image_size / max(height, width)
-        return max(1, round(height * scale)), max(1, round(width * scale))
+        # halves are rounded up, as SAM's own resizing does; Python's `round` would go to the even neighbour
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
     def images(self, images: Sequence[Tensor], device: torch.device | str | None = None) -> Tensor:
         """Make the input batch.
@@ -63,6 +64,8 @@ class Preprocessing:
 
     def masks(self, masks: Sequence[Tensor], device: torch.device | str | None = None) -> Tensor:
         """Make the targets: Q masks (H, W), nonzero inside → (Q, S, S) float32 of 0 and 1, zero in the padding."""
+        if not masks:
+            return torch.zeros(0, self.image_size, self.image_size, device=device)
 
         def prepare(stack: Tensor) -> Tensor:
             size = self.input_size(*stack.shape[-2:])
@@ -110,10 +113,10 @@ class Preprocessing:
 
 
 def _by_size(tensors: Sequence[Tensor], prepare: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply `prepare` once for each distinct shape and put the results back in order."""
-    groups: dict[torch.Size, list[int]] = defaultdict(list)
+    """Apply `prepare` once for each distinct shape and dtype and put the results back in order."""
+    groups: dict[tuple[torch.Size, torch.dtype], list[int]] = defaultdict(list)
     for position, tensor in enumerate(tensors):
-        groups[tensor.shape].append(position)
+        groups[tensor.shape, tensor.dtype].append(position)
     results: list[Tensor] = [None] * len(tensors)  # type: ignore[list-item]
     for positions in groups.values():
         prepared = prepare(torch.stack([tensors[position] for position in positions]))

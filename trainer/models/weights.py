@@ -7,7 +7,6 @@ Nothing pickled is trusted: files are safetensors, or read with ``weights_only``
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import importlib.util
 import re
 import socket
@@ -50,13 +49,16 @@ PINNED = {
     )
 }
 
+_FILE_ENDINGS = {".bin", ".ckpt", ".pt", ".pth", ".safetensors"}
+"""What a file of weights ends in; a dot in a hub's name (sam2.1-hiera-tiny) is no such ending."""
+
 
 def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
     """Read a flat state dict.
 
     Args:
         source: A pinned name, a path, or ``owner/repository:file`` on the hub.
-        sha256: What the file must hash to; pinned weights bring their own.
+        sha256: What the file must hash to, in hexadecimal; pinned weights bring their own.
 
     Raises:
         UserError: Nothing there, a wrong checksum, no network, or a file that is no state dict.
@@ -65,7 +67,7 @@ def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
     expected = sha256 or pinned_sha256
     if expected is not None:
         found = sha256_of(path)
-        if found != expected:
+        if found != expected.lower():
             raise UserError(
                 f"weights {path}: wrong checksum, SHA-256 is {found} and should be {expected}: "
                 "the file is damaged or another one; fetch it again"
@@ -90,7 +92,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
         raise UserError(f"weights {source} do not fit {type(model).__name__}: {found}")
     training = model.training
     model.load_state_dict(state, strict=True)
-    model.train(training)  # timm's TinyViT drops its cached attention biases here
+    model.train().train(training)  # timm's TinyViT drops its cached attention biases when training is switched on
 
 
 def mismatch(model: nn.Module, state: Mapping[str, Tensor]) -> str:
@@ -117,11 +119,16 @@ def _locate(source: str) -> tuple[Path, str | None]:
         # find_spec and not import: the package's own code is not needed and does not run
         spec = importlib.util.find_spec(pinned.package)
         assert spec is not None and spec.submodule_search_locations is not None
-        return Path(next(iter(spec.submodule_search_locations))) / pinned.file, pinned.sha256
+        path = Path(next(iter(spec.submodule_search_locations))) / pinned.file
+        if not path.is_file():
+            raise UserError(f"weights '{source}': {path} is missing: install {pinned.install} again")
+        return path, pinned.sha256
     path = Path(source).expanduser()
     if path.is_file():
         return path, None
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w./-]+)?", source) and not path.suffix and not path.parent.is_dir():
+    hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+(?P<file>:[\w./-]+)?", source)
+    looks_local = path.suffix in _FILE_ENDINGS or path.parent.is_dir()
+    if hub_name and (hub_name["file"] or not looks_local):
         return _from_hub(source), None
     if "/" not in source and not path.suffix:
         raise UserError(
@@ -131,16 +138,14 @@ def _locate(source: str) -> tuple[Path, str | None]:
 
 
 def _from_hub(source: str) -> Path:
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
     repository, _, file = source.partition(":")
     file = file or "model.safetensors"
     try:
-        return Path(hf_hub_download(repository, file, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass  # not in the cache
-    try:
+        # hf_hub_download(local_files_only=True) would ask the hub about the program that calls it
+        if isinstance(cached := try_to_load_from_cache(repository, file), str):
+            return Path(cached)
         if not urllib.request.getproxies():  # an unknown host is no reason to try for half a minute
             socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
         return Path(hf_hub_download(repository, file))
@@ -162,6 +167,10 @@ def _load(path: Path) -> dict[str, Tensor]:
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+    ):
         raise UserError(f"weights {path}: holds no state dict of tensors by name")
     return state

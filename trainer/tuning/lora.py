@@ -35,6 +35,8 @@ class LoRATuning(Tuning):
     ) -> None:
         if rank < 1:
             raise UserError(f"rank is 1 or more, not {rank}")
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout is in [0, 1), not {dropout}")
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.targets, self.trained = targets, list(train)
 
@@ -42,14 +44,23 @@ class LoRATuning(Tuning):
         """Freeze everything, add the adapters, then let the named parts learn.
 
         Raises:
-            UserError: `targets` matches no module.
+            UserError: `targets` is no regular expression, or matches no module, or one that takes no adapter.
         """
         targets = self.targets or model.lora_targets()
-        if not any(re.fullmatch(targets, name) for name, _ in model.named_modules()):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise UserError(f"LoRA targets '{targets}' are no regular expression: {error}") from error
+        if not any(pattern.fullmatch(name) for name, _ in model.named_modules()):
             raise UserError(f"LoRA targets '{targets}' match no module of {type(model).__name__}")
         model.requires_grad_(False)
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)
-        inject_adapter_in_model(config, model)
+        try:
+            inject_adapter_in_model(config, model)
+        except ValueError as error:
+            raise UserError(
+                f"LoRA targets '{targets}' match a module that takes no adapter; match linear layers and convolutions"
+            ) from error
         unfreeze(model, self.trained)
 
     def merge(self, model: SegmentationModel) -> None:
