@@ -58,6 +58,7 @@ class TripletDataModule(LightningDataModule):
         if needed[0] not in self.shards:
             raise UserError(f"`{stage}` needs data.init_args.{needed[0]}: the folder of that split's shards")
         if stage == "fit" and self.trainer is not None:
+            self._train_sampler()  # batches that do not divide are refused before anything is written
             self.trainer.accumulate_grad_batches = self.accumulation(self.trainer.world_size)
             if "val" not in self.shards:
                 self.trainer.limit_val_batches = 0  # otherwise Lightning wonders about an empty loader
@@ -78,9 +79,8 @@ class TripletDataModule(LightningDataModule):
     def train_dataloader(self) -> TripletLoader:
         """Loader in the epoch's global order, resumable."""
         shards = self.shards["train"]
-        rank, world = self._rank()
-        sampler = GlobalOrderSampler(len(shards), self.batch_size, self.micro_batch_size, rank, world, self.seed)
-        return self._loader(SampleView(shards, self.targets_per_image, self.seed), sampler, shards.index.sha256)
+        view = SampleView(shards, self.targets_per_image, self.seed)
+        return self._loader(view, self._train_sampler(), shards.index.sha256)
 
     def val_dataloader(self) -> TripletLoader | list[TripletLoader]:
         """Loader over the validation split, in order; none where there is no such split."""
@@ -97,6 +97,11 @@ class TripletDataModule(LightningDataModule):
     def transfer_batch_to_device(self, batch: TripletBatch, device: torch.device, dataloader_idx: int) -> TripletBatch:
         """Move a batch, without waiting for it."""
         return batch.to(device, non_blocking=True)
+
+    def _train_sampler(self) -> GlobalOrderSampler:
+        rank, world = self._rank()
+        count = len(self.shards["train"])
+        return GlobalOrderSampler(count, self.batch_size, self.micro_batch_size, rank, world, self.seed)
 
     def _evaluation(self, split: str) -> TripletLoader:
         shards = self.shards[split]

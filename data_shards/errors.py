@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -37,6 +39,26 @@ def nearest(name: str, options: Iterable[str]) -> str:
     return f"; known: {', '.join(options)}" if options else ""
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser without abbreviations, whose complaints are `UserError` and name the nearest option."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **kwargs, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and leaving.
+
+        Raises:
+            UserError: Always.
+        """
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            name = unknown.group(1).partition("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            message = f"unexpected '{name}'{nearest(name, known) if name.startswith('-') else ''}"
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def run_command(main: Callable[[], int | None], name: str) -> int:
     """Run a command's body and turn its `UserError` into one line on stderr.
 
@@ -55,6 +77,8 @@ def run_command(main: Callable[[], int | None], name: str) -> int:
     except PermissionError as error:
         print(f"{name}: error: {error.filename}: permission denied: change the path or its rights", file=sys.stderr)
         return 2
+    except SystemExit as done:  # argparse after --help
+        return done.code if isinstance(done.code, int) else 0
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -39,12 +40,44 @@ from trainer.run import Run
 EVERY_RUN = (Throughput, SampleTrace, EvaluationRecord, PredictionRecord)
 """Callbacks of every run; a recipe that names one itself sets it up its own way."""
 
+_ANY_KEY = """\
+Any key of the recipe can be given here too, with its dotted name; what a class takes is shown by
+  trainer fit --model.help trainer.modules.MedSAMModule
+  trainer fit --data.help data_shards.datamodule.TripletDataModule
+"""
+DESCRIPTIONS = {
+    "fit": f"""\
+Train from a recipe. The run goes to its trainer.default_root_dir: resolved recipe, versions, metrics, checkpoints.
+  trainer fit -c recipes/quickstart.yaml
+  trainer fit -c recipes/quickstart.yaml --ckpt_path last      go on where a stopped run was
+  trainer fit -c recipes/quickstart.yaml -c recipes/overlays/lora.yaml --trainer.default_root_dir runs/lora
+{_ANY_KEY}""",
+    "validate": f"""\
+Score the validation split.
+  trainer validate -c RECIPE --ckpt_path last
+{_ANY_KEY}""",
+    "test": f"""\
+Score every target of the test split at native resolution, into evaluation/untouched or, with a checkpoint,
+evaluation/tuned of the run.
+  trainer test -c RECIPE                       the pretrained weights, untouched
+  trainer test -c RECIPE --ckpt_path last      the trained ones; also best, or a path
+{_ANY_KEY}""",
+    "predict": f"""\
+Write the masks of the test split, as COCO run lengths at native resolution, to predictions/rank-R.jsonl of the run.
+  trainer predict -c RECIPE --ckpt_path last
+{_ANY_KEY}""",
+}
+
+
+class RecipeHelp(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Help with descriptions as they are written."""
+
 
 class RecipeParser(LightningArgumentParser):
     """A parser whose complaints are one line, and that takes no abbreviations: a typo is never accepted."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False, "formatter_class": RecipeHelp})
 
     recipes: ClassVar[list[str]] = []
     """The recipes on this command line."""
@@ -64,6 +97,7 @@ class RecipeCLI(LightningCLI):
         super().__init__(
             args=arguments,
             parser_class=RecipeParser,
+            parser_kwargs={"prog": "trainer", **{name: {"description": text} for name, text in DESCRIPTIONS.items()}},
             save_config_callback=RunRecord,
             save_config_kwargs={"opening": self.opening},
             seed_everything_default=0,
@@ -81,11 +115,17 @@ class RecipeCLI(LightningCLI):
         """Parse `args` and nothing else, so without the warning that `sys.argv` is left unused."""
         self.config = parser.parse_args(args)
 
+    def _parse_ckpt_path(self) -> None:
+        """Checkpoints are read, and refused, by `_checkpoint`."""
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults(weights_only=True)  # nothing pickled is trusted
         if subcommand == "predict":
             parser.set_defaults(return_predictions=False)  # they go to disk, not into memory
+        for action in parser._actions:
+            if action.dest == "ckpt_path":
+                action.help = "Checkpoint of the run to go on from or to score: last, best, or a path."
         RecipeParser.keys |= {action.dest for action in parser._actions}
         return parser
 

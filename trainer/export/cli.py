@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from data_shards.errors import UserError, nearest
+from data_shards.errors import CommandParser, UserError, nearest
 from trainer.export import EXPORTERS, Exporter
 from trainer.export.gate import TOLERANCE, Verdict, compare, real_samples, require_consumer
 from trainer.models.weights import sha256_of
@@ -26,13 +25,6 @@ it, and its logits are compared with ours on real images. Only an export that pa
 Adapters (LoRA) are merged first. Beside the file lie FILE.preprocessing.json (what the weights expect of an image)
 and FILE.export.json (what the gate found).
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are `UserError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def export_command(arguments: list[str]) -> int:
@@ -110,9 +102,8 @@ def export(
     return record
 
 
-def _parser() -> _Parser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="trainer export", description=DESCRIPTION, formatter_class=raw, allow_abbrev=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="trainer export", description=DESCRIPTION)
     parser.add_argument("run", metavar="RUN", help="the run's folder (trainer.default_root_dir of its recipe)")
     parser.add_argument("--to", required=True, metavar="FORMAT", help=f"one of: {', '.join(EXPORTERS)}")
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write; its folder is made")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
-from data_shards.errors import UserError, nearest
+from data_shards.errors import CommandParser, UserError
 from trainer.run import Run
 
 _HELP = """\
@@ -18,13 +17,6 @@ The report shows the scores before and after tuning with pictures, the training 
 gate and everything needed to repeat the run. It is one file and needs no network. What the run lacks is named with
 the command that makes it, so a report can be written at any time, also while the run is being trained.
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are `UserError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def report_command(arguments: list[str]) -> int:
@@ -39,21 +31,9 @@ def report_command(arguments: list[str]) -> int:
     Raises:
         UserError: The arguments are wrong, there is no such run, or a file of it is damaged.
     """
-    parser = _Parser(
-        prog="trainer report",
-        description=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="trainer report", description=_HELP)
     parser.add_argument("run", metavar="RUN", help="folder of the run: the recipe's trainer.default_root_dir")
-    try:
-        values, unknown = parser.parse_known_args(arguments)
-    except SystemExit as done:  # --help
-        return int(done.code or 0)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        hint = nearest(unknown[0].partition("=")[0], known) if unknown[0].startswith("-") else ""
-        raise UserError(f"report: unexpected '{unknown[0]}'{hint}")
+    values = parser.parse_args(arguments)
     run = Run.existing(values.run)
 
     from trainer.report import write_report, write_summary

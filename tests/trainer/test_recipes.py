@@ -1,0 +1,114 @@
+"""Every recipe passes the real parser; whoever sends one sends no code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import Namespace
+
+from data_shards.errors import UserError
+from trainer.lightning_cli import RecipeCLI
+from trainer.recipe import check_recipe, dotted_keys
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
+OVERLAYS = [path for path in RECIPES if path.parent.name == "overlays"]
+WHOLE = [path for path in RECIPES if path not in OVERLAYS]
+
+
+class ParsedOnly(RecipeCLI):
+    """The real command line up to the point where objects are made."""
+
+    def _set_seed(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def parse(*recipes: Path, subcommand: str = "fit") -> Namespace:
+    arguments = [part for recipe in recipes for part in ("-c", str(recipe))]
+    return ParsedOnly([subcommand, *arguments]).config[subcommand]
+
+
+def test_there_are_recipes():
+    assert REPOSITORY / "recipes/quickstart.yaml" in WHOLE
+    assert len(OVERLAYS) >= 2
+
+
+@pytest.mark.parametrize("recipe", WHOLE, ids=lambda path: str(path.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("subcommand", ["fit", "test", "predict"])
+def test_recipes_parse(recipe, subcommand):
+    config = parse(recipe, subcommand=subcommand)
+    written = yaml.safe_load(recipe.read_text())
+    # what is written arrives: nothing is dropped on the way
+    for key in dotted_keys(written):
+        assert key in config.as_flat().__dict__ or config.get(key) is not None or key in config, key
+    assert config.checkpoint.dirpath == f"{config.trainer.default_root_dir}/checkpoints"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", WHOLE, ids=lambda path: path.stem)
+def test_overlays_parse_on_every_recipe(recipe, overlay):
+    config = parse(recipe, overlay)
+    content = yaml.safe_load(overlay.read_text())
+    for key in dotted_keys(content):
+        assert key in config, key
+    assert sum(1 for line in overlay.read_text().splitlines() if not line.startswith("#")) == 1, "overlays are short"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_open_with_question_and_command(recipe):
+    opening = check_recipe(recipe)
+    assert "Launch:" in opening
+    assert "?" in opening.splitlines()[0] or recipe in OVERLAYS
+    for line in opening.splitlines():
+        for word in line.split():
+            if word.startswith("recipes/") and word.endswith(".yaml"):
+                assert (REPOSITORY / word).is_file(), f"{word} is named and not there"
+
+
+def write(path: Path, content: str) -> Path:
+    path.write_text(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "class_path",
+    [
+        "os.system",
+        "subprocess.Popen",
+        "builtins.eval",
+        "numpy.load",
+        "torchx.Thing",
+        "trainer_evil.Model",
+        "pickle.Unpickler",
+    ],
+)
+def test_classes_from_elsewhere_are_refused_before_they_are_imported(tmp_path, class_path):
+    recipe = write(tmp_path / "r.yaml", f"model: {{init_args: {{model: {{class_path: {class_path}}}}}}}\n")
+    with pytest.raises(UserError, match="outside the allowed packages") as error:
+        check_recipe(recipe)
+    assert str(recipe) in str(error.value)
+    assert "model.init_args.model" in str(error.value)
+
+
+def test_a_function_is_no_class(tmp_path):
+    with pytest.raises(UserError, match=r"there is no class 'torch\.load'"):
+        check_recipe(write(tmp_path / "r.yaml", "model: {class_path: torch.load}\n"))
+
+
+def test_the_import_of_an_allowed_module_that_fails_is_no_class(tmp_path):
+    with pytest.raises(UserError, match=r"there is no class 'trainer\.nothing\.Model'"):
+        check_recipe(write(tmp_path / "r.yaml", "model: {class_path: trainer.nothing.Model}\n"))
+
+
+@pytest.mark.parametrize("content", ["", "- a\n- b\n", "just words\n"])
+def test_a_recipe_is_a_mapping(tmp_path, content):
+    with pytest.raises(UserError, match="expected keys such as model"):
+        check_recipe(write(tmp_path / "r.yaml", content))
