@@ -41,7 +41,9 @@ def export_command(arguments: list[str]) -> int:
     run, out = Run.existing(values.run), Path(values.out)
     if out.suffix != exporter.suffix:
         raise UserError(f"--out {out}: a file for '{exporter.name}' ends in {exporter.suffix}")
-    record = export(run, exporter, out, values.checkpoint, values.images, values.unverified)
+    if values.samples < 1:
+        raise UserError(f"--samples {values.samples}: the gate needs 1 image or more")
+    record = export(run, exporter, out, values.checkpoint, values.images, values.samples, values.unverified)
     _print(record)
     run.add_stage("export", time.perf_counter() - started)
     return 0
@@ -53,6 +55,7 @@ def export(
     out: Path,
     checkpoint: Path | None = None,
     images: str | None = None,
+    samples: int = 8,
     unverified: bool = False,
 ) -> dict[str, Any]:
     """Export a run and pass it through the gate.
@@ -63,6 +66,7 @@ def export(
         out: File to write; nothing takes this name before the gate has passed.
         checkpoint: Checkpoint of the run; the newest by default.
         images: Split of shards for the gate; the run's test split by default.
+        samples: How many images the gate compares on.
         unverified: Write without the gate.
 
     Returns:
@@ -71,10 +75,10 @@ def export(
     Raises:
         UserError: The run has no such checkpoint, its model does not fit the format, or the gate did not pass.
     """
-    samples = []
+    batches = []
     if not unverified:  # before anything slow
         require_consumer(exporter)
-        samples = real_samples(images or _test_split(run), count=8)
+        batches = real_samples(images or _test_split(run), samples)
     module = restore(run, checkpoint)
     module.tuning.merge(module.model)
     if not exporter.accepts(module.model):
@@ -83,7 +87,7 @@ def export(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         exporter.write(module.model, partial)
-        verdict = None if unverified else compare(exporter, partial, module.model, samples)
+        verdict = None if unverified else compare(exporter, partial, module.model, batches)
         if verdict is not None and not verdict.verified:
             raise UserError(
                 f"export to '{exporter.name}' failed: logits differ by {verdict.max_logit_difference:.2g} from the "
@@ -95,7 +99,8 @@ def export(
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}): choose another --out") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
     write_json(out.with_name(out.name + ".preprocessing.json"), preprocessing)
     write_json(out.with_name(out.name + ".export.json"), record)
     write_json(run.exports / exporter.name / "export.json", record)
@@ -109,6 +114,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write; its folder is made")
     parser.add_argument("--checkpoint", type=Path, metavar="CKPT", help="default: the run's checkpoints/last.ckpt")
     parser.add_argument("--images", metavar="FOLDER", help="shards for the gate (default: the run's test split)")
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="images for the gate (default: 8)")
     parser.add_argument("--unverified", action="store_true", help="write without the gate; the record says so")
     return parser
 
