@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from data_shards.errors import UserError, nearest, run_command
+from data_shards.errors import CommandParser, UserError, nearest, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,13 +40,6 @@ A spec says which files belong together and what their masks mean. A whole one:
   intensity: {kind: window, level: 40, width: 400}
   split: {kind: patients, fractions: {train: 0.8, test: 0.2}, seed: 0}
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are `UserError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +70,7 @@ def _run(arguments: list[str]) -> int:
     return code
 
 
-def _check_options(arguments: list[str], parser: _Parser) -> None:
+def _check_options(arguments: list[str], parser: CommandParser) -> None:
     """Name a misspelt option before argparse complains that the right one is missing."""
     command = parser.prog.partition(" ")[2]
     place = f"{command}: " if command else ""
@@ -88,24 +81,23 @@ def _check_options(arguments: list[str], parser: _Parser) -> None:
             raise UserError(f"{place}unknown option '{name}'{nearest(name, known)}")
 
 
-def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+def _parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
     """Return the parser and those of its commands."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="data-shards", description=_HELP, formatter_class=raw, allow_abbrev=False)
+    parser = CommandParser(prog="data-shards", description=_HELP)
     group = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND", required=True)
 
-    build = group.add_parser("build", help="build shards from a spec", allow_abbrev=False)
+    build = group.add_parser("build", help="build shards from a spec")
     build.add_argument("spec", metavar="SPEC.yaml", help="the spec; examples lie in data_shards/catalogue")
     build.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus; it is made")
     build.add_argument("--root", metavar="DIR", help="folder of the spec's relative paths (default: the spec's root)")
     build.add_argument("--overwrite", action="store_true", help="replace a corpus built from something else")
     build.set_defaults(run=_build)
 
-    verify = group.add_parser("verify", help="check every byte and sample; writes nothing", allow_abbrev=False)
+    verify = group.add_parser("verify", help="check every byte and sample; writes nothing")
     verify.add_argument("dir", metavar="DIR", help="a corpus, or one split of it")
     verify.set_defaults(run=_verify)
 
-    inspect = group.add_parser("inspect", help="show what a corpus holds", allow_abbrev=False)
+    inspect = group.add_parser("inspect", help="show what a corpus holds")
     inspect.add_argument("dir", metavar="DIR", help="a corpus, or one split of it")
     inspect.add_argument("--sample", metavar="KEY", help="show this sample instead of the tables")
     inspect.add_argument("--png", metavar="OUT", help="draw the sample, or a dozen samples, into this file")

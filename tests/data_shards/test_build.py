@@ -189,6 +189,20 @@ def test_a_probability_map_is_cut_above(tmp_path: Path) -> None:
     np.testing.assert_array_equal(samples(tmp_path / "out", "train")[1].targets[0].mask(), chance[1] > 0.5)
 
 
+def test_the_order_of_the_cases_does_not_matter(tmp_path: Path) -> None:
+    make_inputs(tmp_path / "in")
+    cases = [
+        {"image": f"imgs/PAT{n}_scan.nii.gz", "mask": f"gts/PAT{n}_scan_seg.nii.gz", "patient": f"{n}"}
+        for n in range(4)
+    ]
+    for name, some in (("one", cases), ("two", cases[::-1])):
+        build(write_spec(tmp_path / "in" / f"{name}.yaml", cases=some), tmp_path / name)
+    for path in (tmp_path / "one").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+    keys = [triplet.key for triplet in samples(tmp_path / "one", "train")]
+    assert keys == sorted(keys)
+
+
 def test_second_build_reuses(tmp_path: Path) -> None:
     path = make_inputs(tmp_path / "in")
     first = build(path, tmp_path / "out")

@@ -68,14 +68,14 @@ def test_terms_with_brackets_dollars_and_colons_are_shown_as_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    targets = [{"term": "mass [/left] $x_ :smile:", "value": 1}, {"term": "[bold]cyst", "value": 2}]
+    targets = [{"term": "mass [/left] $x_$ :smile:", "value": 1}, {"term": "[bold]cyst", "value": 2}]
     spec = make_inputs(tmp_path, targets=targets, slices={"min_area": 2})
     assert main(["build", str(spec), "--out", str(tmp_path / "[out]")]) == 0
     assert "dropped 4 targets '[bold]cyst' below min_area" in capsys.readouterr().out
     key = inspect.open_splits(tmp_path / "[out]")["train"].index.key(0)
     for extra in ([], ["--sample", key]):
         assert main(["inspect", str(tmp_path / "[out]"), *extra, "--png", str(tmp_path / "a.png")]) == 0
-        assert "mass [/left] $x_ :smile:" in capsys.readouterr().out
+        assert "mass [/left] $x_$ :smile:" in capsys.readouterr().out
 
 
 def picture(path: Path) -> np.ndarray:
