@@ -601,8 +601,17 @@ class TestCommand:
         assert shown.err.count("\n") == 1
         assert shown.out == ""
 
+    @pytest.mark.parametrize(("step", "outdated"), [(12, False), (6, True)])
+    def test_an_evaluation_older_than_the_training_is_named(self, full: Run, step: int, outdated: bool) -> None:
+        test = {"test": {"folder": "shards/test", "index_sha256": "cd" * 32, "samples": 6}}
+        (full.evaluation("tuned") / "evaluation.json").write_text(json.dumps({"step": step, "data": test}))
+        data = read_run(full)
+        assert any("older than the training" in what for what in data.missing()) is outdated
+        assert list(data.splits()) == ["train", "test"]
+        assert "cd" * 32 in page_of(full)
+
     def test_help_teaches(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert report_command(["--help"]) == 0
+        assert run_command(lambda: report_command(["--help"]), "trainer") == 0
         assert "trainer report runs/quickstart" in capsys.readouterr().out
 
     def test_needs_no_torch(self, full: Run) -> None:

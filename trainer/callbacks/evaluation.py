@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data_shards.batch import TripletBatch
+from trainer.callbacks.record import describe_data
 from trainer.modules.medsam import CaseScore, MedSAMModule, Prediction
 from trainer.report.panels import save_panels
-from trainer.run import Run
+from trainer.restore import read_checkpoint
+from trainer.run import Run, write_json
 
 
 class EvaluationRecord(Callback):
-    """Writes ``evaluation/NAME/per_case.csv`` and ``panels.npz`` after ``trainer test``.
+    """Writes ``evaluation/NAME/per_case.csv``, ``evaluation.json`` and ``panels.npz`` after ``trainer test``.
+
+    ``evaluation.json`` says what was scored: the checkpoint and its step, the split and the hash of its index.
 
     Args:
         name: The evaluation's name; by default ``untouched`` without a checkpoint and ``tuned`` with one.
@@ -58,6 +63,7 @@ class EvaluationRecord(Callback):
         folder = Run(trainer.default_root_dir).evaluation(name)
         folder.mkdir(parents=True, exist_ok=True)
         write_scores(folder / "per_case.csv", scores)
+        write_json(folder / "evaluation.json", describe_evaluation(trainer, name, scores))
         if kept:
             columns = {column: [item[column] for item in kept] for column in kept[0]}
             save_panels(folder / "panels.npz", **columns)
@@ -69,6 +75,21 @@ class EvaluationRecord(Callback):
             torch.distributed.all_gather_object(parts, self._kept)
         merged = {place: item for part in parts for place, item in part.items()}
         return [merged[place] for place in sorted(merged)]
+
+
+def describe_evaluation(trainer: Trainer, name: str, scores: list[CaseScore]) -> dict[str, Any]:
+    """What was scored, on what data."""
+    checkpoint = trainer.ckpt_path
+    step: int | None = 0
+    if checkpoint:  # its step is restored in a fit only; a sharded one is a folder
+        step = read_checkpoint(Path(checkpoint)).get("global_step") if Path(checkpoint).is_file() else None
+    return {
+        "name": name,
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        "step": step,
+        "data": describe_data(trainer.datamodule),
+        "targets": len(scores),
+    }
 
 
 def write_scores(path: Any, scores: list[CaseScore]) -> None:

@@ -52,7 +52,7 @@ def describe(trainer: Trainer, module: LightningModule, opening: str, recipe: di
         "caveat": " ".join(caveats) or None,
         **_git(),
         "versions": {"python": platform.python_version(), **_versions()},
-        "data": _data(trainer.datamodule),
+        "data": describe_data(trainer.datamodule),
         "model": {
             "name": type(module.model).__name__,
             "parameters": sum(count for count, _ in sizes),
@@ -89,7 +89,8 @@ def _git() -> dict[str, Any]:
         return {"git_commit": None, "git_dirty": None}
 
 
-def _data(datamodule: TripletDataModule) -> dict[str, Any]:
+def describe_data(datamodule: TripletDataModule) -> dict[str, Any]:
+    """The splits that are open: folder, hash of the index, size."""
     folders = {split: folder for split, folder in datamodule.folders.items() if split in datamodule.shards}
     return {
         split: {

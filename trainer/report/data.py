@@ -48,11 +48,13 @@ class Evaluation:
         name: Its folder's name.
         scores: Rows in the order of the file, every (key, target) once.
         panels: Some targets as pictures.
+        record: ``evaluation.json``, or empty.
     """
 
     name: str
     scores: tuple[Score, ...]
     panels: tuple[Panel, ...] = ()
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,26 @@ class RunData:
         rates = list(self.curves.get("train/images_per_second", {}).values())[1:]
         return float(np.median(rates)) if rates else None
 
+    def outdated(self) -> bool:
+        """Whether the run was trained on after its evaluation."""
+        scored = self.after.record.get("step") if self.after else None
+        return isinstance(scored, int) and scored < max(self.curves.get("train/loss", {0: 0.0}))
+
+    def splits(self) -> dict[str, dict[str, Any]]:
+        """Every split that was trained on or scored: folder, hash of the index, samples."""
+        found: dict[str, dict[str, Any]] = dict(self.record.get("data") or {})
+        for evaluation in (self.before, self.after, *self.others):
+            found |= (evaluation.record.get("data") or {}) if evaluation else {}
+        return found
+
     def missing(self) -> dict[str, str]:
         """What the run lacks, and the command that makes it."""
         recipe = f"{self.shown}/recipe.yaml"
+        tuned = "the evaluation after tuning" + (" (the one there is older than the training)" if self.after else "")
         wanted = {
             "the training curve": (self.curves.get("train/loss"), f"trainer fit -c {recipe}"),
             "the evaluation before tuning": (self.before, f"trainer test -c {recipe}"),
-            "the evaluation after tuning": (self.after, f"trainer test -c {recipe} --ckpt_path last"),
+            tuned: (self.after and not self.outdated(), f"trainer test -c {recipe} --ckpt_path last"),
             "an export that another tool has loaded": (
                 self.exports,
                 f"trainer export {self.shown} --to FORMAT --out FILE",
@@ -201,7 +216,9 @@ def _evaluation(folder: Path) -> Evaluation | None:
     scores = read_scores(table) if table.is_file() else ()
     if not scores:
         return None
-    return Evaluation(folder.name, scores, tuple(load_panels(panels)) if panels.is_file() else ())
+    record = folder / "evaluation.json"
+    pictures = tuple(load_panels(panels)) if panels.is_file() else ()
+    return Evaluation(folder.name, scores, pictures, read_json(record) if record.is_file() else {})
 
 
 def _export(path: Path) -> dict[str, Any]:

@@ -258,7 +258,7 @@ def _facts(data: RunData) -> str:
     )
     splits = [
         (split, code(of.get("folder")), code(of.get("index_sha256")), of.get("samples"))
-        for split, of in (record.get("data") or {}).items()
+        for split, of in data.splits().items()
     ]
     columns = ("Data", "Folder", "SHA-256 of the index", "Samples")
     shards = table(columns, splits, label="Data of the run", words=range(3)) if splits else ""
