@@ -43,6 +43,10 @@ class TripletDataModule(LightningDataModule):
         super().__init__()
         if batch_size < 1 or micro_batch_size < 1:
             raise UserError(f"batch_size {batch_size} and micro_batch_size {micro_batch_size} must be 1 or more")
+        if targets_per_image is not None and targets_per_image < 1:
+            raise UserError(f"targets_per_image {targets_per_image}: 1 or more, or null for all")
+        if seed < 0:
+            raise UserError(f"seed {seed}: 0 or more")
         self.folders = {"train": train, "val": val, "test": test}
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.targets_per_image, self.num_workers, self.seed = targets_per_image, num_workers, seed

@@ -90,14 +90,24 @@ class TripletLoader:
         if isinstance(self.sampler, GlobalOrderSampler):
             self.sampler.start = self._samples_seen()
             self._yielded = self.sampler.start // self._stride
-        for batch in self._loader:
-            self._yielded += 1
-            yield batch
+        try:
+            for batch in self._loader:
+                self._yielded += 1
+                yield batch
+        except UserError:
+            # workers that are not told to stop make the process wait for them, seconds each, after the message
+            workers = self._loader._iterator
+            if workers is not None and hasattr(workers, "_shutdown_workers"):
+                workers._shutdown_workers()
+                self._loader._iterator = None
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: plain numbers, safe to save."""
         if not isinstance(self.sampler, GlobalOrderSampler):
             return {}
+        if self._resume is not None:  # loaded and not yet gone on from
+            return dict(self._resume)
         return {
             "epoch": self.sampler.epoch,
             "samples": self._yielded * self._stride,

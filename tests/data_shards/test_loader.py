@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
 import json
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,3 +228,28 @@ def test_damage_is_one_line_from_the_loader_too(folder: Path, tmp_path: Path) ->
     if source._loader._iterator is not None:  # left to the garbage collector, its workers would be waited for
         source._loader._iterator._shutdown_workers()
     assert str(caught.value).startswith(f"{copy}/shard-00000") and "is damaged" in str(caught.value)
+
+
+def test_a_loaded_state_is_kept_until_it_is_gone_on_from(folder):
+    first, second = loader(folder), loader(folder)
+    take(first, 2)
+    second.load_state_dict(saved(first))
+    assert second.state_dict() == first.state_dict()
+    assert second.state_dict()["samples"] == 4
+
+
+def test_a_damaged_sample_in_a_worker_does_not_make_the_process_wait(folder, tmp_path):
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    index = ShardDataset(damaged).index
+    for shard, name in enumerate(index.shard_names):
+        data = bytearray((damaged / str(name)).read_bytes())
+        for offset in index.image_offset[index.shard == shard].tolist():
+            data[offset] ^= 0xFF
+        (damaged / str(name)).write_bytes(bytes(data))
+    loading = loader(damaged, workers=2)
+    started = time.monotonic()
+    with pytest.raises(UserError, match="is damaged"):
+        list(loading)
+    del loading
+    gc.collect()
+    assert time.monotonic() - started < 4, "it waits 5 s for each worker that was not told to stop"

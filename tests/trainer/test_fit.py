@@ -158,6 +158,17 @@ def test_killed_in_mid_epoch_a_run_goes_on_as_the_undisturbed_one(
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
 
 
+@pytest.mark.parametrize("every", [1, 100], ids=["saved after the batch", "saved at the end"])
+@pytest.mark.parametrize("stop", [2, 3], ids=["in mid-epoch", "after an epoch"])
+def test_a_run_made_longer_goes_on_with_the_next_sample(stop, every, tiny_recipe, trainer_command, tmp_path):
+    small = ("fit", "-c", tiny_recipe, "--model.init_args.model.init_args.image_size", 32)
+    whole, parts = ((*small, "--trainer.default_root_dir", tmp_path / name) for name in ("whole", "parts"))
+    assert trainer_command(*whole, "--trainer.max_steps", 5)[0] == 0
+    assert trainer_command(*parts, "--checkpoint.every_n_steps", every, "--trainer.max_steps", stop)[0] == 0
+    assert trainer_command(*parts, "--trainer.max_steps", 5, "--ckpt_path", "last")[0] == 0
+    assert steps(tmp_path / "parts") == steps(tmp_path / "whole")
+
+
 def test_resuming_on_other_data_is_refused(tiny_recipe, trainer_command, tmp_path, tiny_shards):
     assert trainer_command("fit", "-c", tiny_recipe, "--trainer.max_steps", 1)[0] == 0
     other = ("--data.init_args.train", tiny_shards / "test", "--trainer.max_steps", 2, "--ckpt_path", "last")

@@ -82,7 +82,8 @@ def test_whatever_learns_is_in_one_group_and_matrices_alone_decay(model, tuning)
     assert EMBEDDING not in groups
     parameters = dict(model.named_parameters())
     for name, group in groups.items():
-        assert group["weight_decay"] == (0.05 if parameters[name].ndim > 1 else 0.0)
+        vector = parameters[name].ndim == 1 or name.endswith(("bias", "attention_biases"))
+        assert group["weight_decay"] == (0.0 if vector else 0.05)
     assert {group["weight_decay"] for group in groups.values()} >= {0.05}
 
 

@@ -56,16 +56,27 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
         """Save after every so many optimiser steps."""
         super().on_train_batch_end(trainer, pl_module, *arguments)
-        if trainer.global_step % self.every_n_steps == 0:
+        if trainer.global_step % self.every_n_steps == 0 or _is_last(trainer):
             self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what the last steps have learnt."""
+        """Save what has been learnt even where nobody saw the end coming."""
         super().on_train_end(trainer, pl_module)
         self._save_last(trainer)
 
     def _save_last(self, trainer: Trainer) -> None:
         if trainer.global_step != self._saved_step:
             assert self.dirpath is not None
-            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", weights_only=False)  # the optimiser too
             self._saved_step = trainer.global_step
+
+
+def _is_last(trainer: Trainer) -> bool:
+    """Whether training ends with this batch.
+
+    It is asked here because at the end of training Lightning counts the epoch as done, wherever in it the run stopped:
+    a checkpoint of that moment could not go on with the next sample.
+    """
+    epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+    last_epoch = trainer.is_last_batch and 0 <= epochs <= trainer.current_epoch + 1
+    return trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step or last_epoch

@@ -31,7 +31,8 @@ class Tuning(ABC):
     def parameter_groups(self, model: SegmentationModel, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Make the optimiser's groups: one for each learning-rate factor and each decay.
 
-        Norms, biases and other vectors are not decayed (the habit since Goyal et al. 2017, arXiv:1706.02677, §5).
+        Norms, biases (attention's too) and other vectors are not decayed (the habit since Goyal et al. 2017,
+        arXiv:1706.02677, §5).
 
         Args:
             model: The model that `apply` was called on.
@@ -45,7 +46,8 @@ class Tuning(ABC):
         groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in model.named_parameters():
             if name in scales:
-                groups[scales[name], weight_decay if parameter.ndim > 1 else 0.0].append(parameter)
+                decayed = parameter.ndim > 1 and "bias" not in name.rpartition(".")[2]
+                groups[scales[name], weight_decay if decayed else 0.0].append(parameter)
         if not groups:
             raise UserError(
                 f"{type(self).__name__} leaves nothing to learn: check its patterns against the model's names"
