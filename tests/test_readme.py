@@ -1,0 +1,70 @@
+"""README.md tells the truth: its tree is the tree, its commands exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+
+
+def tree() -> dict[str, str]:
+    """Paths in the README's tree with their purposes."""
+    block = README.split("## The tree")[1].split("```")[1]
+    found, parents = {}, []
+    for line in block.strip("\n").splitlines():
+        name, purpose = re.fullmatch(r"\s*(\S+)\s*(.*)", line).groups()
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents[depth:] = [name.rstrip("/")]
+        found["/".join(parents)] = purpose
+    return found
+
+
+def test_every_module_is_in_the_tree_and_the_tree_in_the_folders():
+    modules = {
+        str(path.relative_to(REPOSITORY))
+        for root in ("trainer", "data_shards")
+        for path in (REPOSITORY / root).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    told = tree()
+    assert {path for path in told if path.endswith(".py")} == modules
+    assert all((REPOSITORY / path).exists() for path in told)
+
+
+def test_every_line_of_the_tree_has_a_purpose():
+    bare = {path for path, purpose in tree().items() if not purpose}
+    # folders whose files say it all
+    assert bare <= {"trainer", "trainer/losses", "trainer/metrics"}
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([a-z-]+)", README))))
+def test_make_targets_exist(target):
+    assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_named_files_exist():
+    for path in set(re.findall(r"(?:recipes|tests|data_shards|trainer)/[\w/.]+\.(?:yaml|py|png)", README)):
+        assert (REPOSITORY / path).is_file(), path
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (REPOSITORY / path).is_file(), path
+
+
+def test_make_alone_says_what_there_is():
+    shown = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert "make quickstart" in shown
+    assert "make test" in shown
+
+
+def test_nothing_in_the_repository_is_tied_to_a_machine_or_a_registry():
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout
+    for name in tracked.splitlines():
+        path = REPOSITORY / name
+        if path.suffix in (".py", ".md", ".yaml", ".toml", "") and path.is_file() and path != Path(__file__):
+            text = path.read_text()
+            for wrong in ("/work/", "/home/", "/root/", "://pypi", "://download.pytorch", "://registry"):
+                assert wrong not in text, f"{name} names {wrong}"
