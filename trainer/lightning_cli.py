@@ -198,7 +198,12 @@ class RecipeCLI(LightningCLI):
         if self.trainer.is_global_zero:
             stage = f"evaluate-{'tuned' if checkpoint else 'untouched'}" if subcommand == "test" else subcommand
             seconds = time.perf_counter() - started
-            Run(self.trainer.default_root_dir).add_stage(stage, seconds, anew=not (subcommand == "fit" and checkpoint))
+            run = Run(self.trainer.default_root_dir)
+            run.add_stage(stage, seconds, anew=not (subcommand == "fit" and checkpoint))
+            left = {"fit": f"run: {run.root}", "predict": f"masks: {run.root / 'predictions'}"}
+            left["test"] = f"scores: {run.evaluation('')}"
+            if subcommand in left:
+                _say(left[subcommand])
 
 
 def run_lightning(arguments: list[str]) -> int:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
+import pty
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +23,8 @@ from pycocotools import mask as coco_mask
 from data_shards.dataset import ShardDataset
 from trainer.restore import restore
 from trainer.run import Run
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def steps(run: Path) -> dict[tuple[int, int], tuple[str, str, str]]:
@@ -100,6 +108,26 @@ def test_progress_is_lines_where_there_is_no_terminal(tiny_recipe, trainer_comma
     assert "step 2/2" in out
     assert "images/s" in out
     assert err == "", "nothing to worry the user with"
+
+
+def test_progress_is_a_bar_on_a_terminal(tiny_recipe):
+    small = ["-c", str(tiny_recipe), "--model.init_args.model.init_args.image_size", "32", "--trainer.max_steps", "2"]
+    command = [sys.executable, "-m", "trainer.cli", "fit", *small]
+    master, slave = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
+    process = subprocess.Popen(command, stdout=slave, stderr=slave, cwd=REPOSITORY, env=environment)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is an error
+        while part := os.read(master, 4096):
+            shown += part
+    assert process.wait() == 0, shown.decode()
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).strip().splitlines()
+    bar = [line for line in last if line.startswith("train")][-1]
+    assert "2/2" in bar
+    assert "images/s" in bar
+    assert "left 0:00:00" in bar
+    assert last[-1].startswith("run: ")
 
 
 def test_lora_trains_little_and_leaves_the_encoder(tiny_recipe, trainer_command, tmp_path):

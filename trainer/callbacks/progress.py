@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 
 class TrainingClock:
@@ -27,33 +28,123 @@ class TrainingClock:
     def left(self, trainer: Trainer) -> str:
         """Time left as h:mm:ss, or a dash before anything is known."""
         done = trainer.global_step - self._first
-        if not done:
+        total = self.total_steps(trainer)
+        if not done or not total:
             return "–"
         rate = (time.perf_counter() - self._since) / done
-        seconds = int(rate * max(0, self.total_steps(trainer) - trainer.global_step))
+        seconds = int(rate * max(0, total - trainer.global_step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-class RunBar(RichProgressBar):
-    """Rich's bar with loss, DSC, images/s and the time left of the whole run."""
+class RunBar(ProgressBar):
+    """A bar over the whole run's optimiser steps with loss, DSC, images/s and the time left; over batches elsewhere.
+
+    Lightning's own counts an epoch's micro-batches, which says little of a run that is measured in steps.
+    """
 
     def __init__(self) -> None:
-        super().__init__(leave=False)
+        super().__init__()
         self._clock = TrainingClock()
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def disable(self) -> None:
+        """Show nothing; Lightning calls this on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show the bar."""
+        self._enabled = True
+
+    _enabled = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Only the first rank shows anything."""
+        super().setup(trainer, pl_module, stage)
+        if not trainer.is_global_zero:
+            self.disable()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the terminal as it was."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the terminal as it was, before the message."""
+        self._close()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start bar and clock."""
-        super().on_train_start(trainer, pl_module)
         self._clock.start(trainer)
+        self._open("train", TrainingClock.total_steps(trainer) or None, trainer.global_step)
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What stands beside the bar."""
-        items = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
-        if trainer.training:
-            total = TrainingClock.total_steps(trainer)
-            items |= {"step": f"{trainer.global_step}/{total or '?'}", **shown_metrics(trainer)}
-            items["left"] = self._clock.left(trainer)
-        return items
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Move on by whole optimiser steps."""
+        shown = "  ".join(f"{name} {value}" for name, value in shown_metrics(trainer).items())
+        self._move("train", trainer.global_step, f"{shown}  left {self._clock.left(trainer)}")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a bar below that of the training."""
+        self._open("validate", _batches(trainer.num_val_batches))
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Move on."""
+        self._move("validate", batch_idx + 1)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the bar away again."""
+        if self._bar is not None and "validate" in self._tasks:
+            self._bar.remove_task(self._tasks.pop("validate"))
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the bar."""
+        self._open("test", _batches(trainer.num_test_batches))
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Move on."""
+        self._move("test", batch_idx + 1)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the bar before the table of results."""
+        self._close()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the bar."""
+        self._open("predict", _batches(trainer.num_predict_batches))
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Move on."""
+        self._move("predict", batch_idx + 1)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(*args)
+        elif self._enabled:
+            print(*args)
+
+    def _open(self, name: str, total: int | None, completed: int = 0) -> None:
+        if not self._enabled:
+            return
+        if self._bar is None:
+            columns = ("{task.description}", BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[shown]}"))
+            self._bar.start()
+        self._tasks[name] = self._bar.add_task(name, total=total, completed=completed, shown="")
+
+    def _move(self, name: str, completed: int, shown: str = "") -> None:
+        if self._bar is not None and name in self._tasks:
+            self._bar.update(self._tasks[name], completed=completed, shown=shown)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar, self._tasks = None, {}
 
 
 class ProgressLines(Callback):
@@ -100,3 +191,9 @@ def shown_metrics(trainer: Trainer) -> dict[str, str]:
     names = {"loss": "train/loss", "dsc": "train/dsc", "val dsc": "val/dsc", "images/s": "train/images_per_second"}
     logged = trainer.callback_metrics
     return {short: f"{float(logged[name]):.3g}" for short, name in names.items() if name in logged}
+
+
+def _batches(counts: Any) -> int | None:
+    """Batches of all loaders; None if one has no length."""
+    total = sum(counts)
+    return None if total == float("inf") else int(total)
