@@ -20,7 +20,7 @@ TRAINER_LAYERS = (
     ("trainer.tuning",),
     ("trainer.models",),
     ("trainer.losses", "trainer.metrics", "trainer.prompts", "trainer.report", "trainer.recipe"),
-    ("trainer.run",),
+    ("trainer.run", "trainer.scores"),
     ("trainer",),
 )
 DATA_LAYERS = (
@@ -43,6 +43,7 @@ FORBIDDEN = {  # what would pull weight or a circle into places that are light o
     "trainer.tuning": ("lightning", "trainer.modules"),
     "trainer.report": ("torch", "lightning"),
     "trainer.run": ("torch", "lightning"),
+    "trainer.scores": ("torch", "lightning"),
 }
 
 

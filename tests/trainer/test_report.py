@@ -20,12 +20,13 @@ from trainer.report.answer import answer, limits, subject
 from trainer.report.charts import nice_ticks, smooth
 from trainer.report.cli import report_command
 from trainer.report.curves import read_curves
-from trainer.report.data import read_run, volume_of
+from trainer.report.data import read_run
 from trainer.report.markup import duration, measure, p_value, signed
 from trainer.report.panels import Panel, load_panels, save_panels
 from trainer.report.pictures import Choice, choose, crop_of, draw
 from trainer.report.statistics import bootstrap_ci95, compare
 from trainer.run import Run
+from trainer.scores import volume_of
 
 KEYS = [f"toy-c10868632198ea58-a{number:05d}" for number in range(12)]
 TERM = "lesion <script>alert(1)</script> & co"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data_shards.batch import TripletBatch
 from trainer.callbacks.record import describe_data
-from trainer.modules.medsam import CaseScore, MedSAMModule, Prediction
+from trainer.modules.medsam import MedSAMModule, Prediction
 from trainer.report.panels import save_panels
 from trainer.restore import read_checkpoint
 from trainer.run import Run, write_json
+from trainer.scores import CaseScore, write_scores
 
 
 class EvaluationRecord(Callback):
@@ -90,18 +90,6 @@ def describe_evaluation(trainer: Trainer, name: str, scores: list[CaseScore]) ->
         "data": describe_data(trainer.datamodule),
         "targets": len(scores),
     }
-
-
-def write_scores(path: Any, scores: list[CaseScore]) -> None:
-    """Write ``per_case.csv``, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as handle:
-        rows = [{**score.row(), "dsc": f"{score.dsc:.6f}", "iou": f"{score.iou:.6f}"} for score in scores]
-        columns = list(rows[0]) if rows else []
-        writer = csv.DictWriter(handle, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ Shapes: B images, Q targets, S the model's input side, h w the decoder's mask si
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,38 +19,8 @@ from trainer.metrics import overlap
 from trainer.models import SegmentationModel
 from trainer.modules.optimization import Schedule, adamw
 from trainer.prompts import BoxPrompts, Prompts
+from trainer.scores import CaseScore
 from trainer.tuning import FullTuning, Tuning
-
-
-@dataclass(frozen=True)
-class CaseScore:
-    """One target's result in an evaluation; a row of ``per_case.csv``.
-
-    Attributes:
-        position: Sample position in its corpus, by which repeated samples are dropped.
-        key: Sample key.
-        target: Target position in its sample.
-        term: Clinical term.
-        modality: Modality of the image.
-        area_px: Area of the true mask in native pixels.
-        dsc: Dice similarity coefficient at native resolution.
-        iou: Intersection over union at native resolution.
-    """
-
-    position: int
-    key: str
-    target: int
-    term: str
-    modality: str
-    area_px: int
-    dsc: float
-    iou: float
-
-    def row(self) -> dict[str, Any]:
-        """The columns of the table."""
-        columns = asdict(self)
-        del columns["position"]
-        return columns
 
 
 @dataclass
@@ -102,8 +72,8 @@ class MedSAMModule(LightningModule):
         self.loss = loss or DiceCrossEntropy()
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.schedule, self.warmup_steps = schedule, warmup_steps
-        self.scores: list[CaseScore] = []
-        """Rows of the evaluation that is running, on this rank."""
+        self.scores: list[tuple[int, CaseScore]] = []
+        """Rows of the evaluation that is running, on this rank, each with its sample's position in the corpus."""
         self.tuning.apply(self.model)
 
     def setup(self, stage: str) -> None:
@@ -172,18 +142,16 @@ class MedSAMModule(LightningModule):
         for q, (position, target) in enumerate(batch.identities):
             image = int(batch.image_index[q])
             dsc, iou = overlap(prediction.masks[q][None], batch.masks[q][None].to(self.device))
-            self.scores.append(
-                CaseScore(
-                    position=position,
-                    key=batch.keys[image],
-                    target=target,
-                    term=batch.terms[q],
-                    modality=batch.provenances[image].modality,
-                    area_px=int(batch.masks[q].sum()),
-                    dsc=float(dsc),
-                    iou=float(iou),
-                )
+            score = CaseScore(
+                key=batch.keys[image],
+                target=target,
+                term=batch.terms[q],
+                modality=batch.provenances[image].modality,
+                area_px=int(batch.masks[q].sum()),
+                dsc=float(dsc),
+                iou=float(iou),
             )
+            self.scores.append((position, score))
         return prediction
 
     def validation_step(self, batch: TripletBatch, batch_idx: int) -> None:
@@ -220,7 +188,7 @@ class MedSAMModule(LightningModule):
         if torch.distributed.is_initialized():
             parts = [[] for _ in range(torch.distributed.get_world_size())]
             torch.distributed.all_gather_object(parts, self.scores)
-        rows = {(score.position, score.target): score for part in parts for score in part}
+        rows = {(position, score.target): score for part in parts for position, score in part}
         return [rows[place] for place in sorted(rows)]
 
     def configure_optimizers(self) -> Any:

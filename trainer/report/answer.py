@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.report.data import RunData, Score, volume_of
+from trainer.report.data import RunData
 from trainer.report.markup import count, interval, p_value, score, signed
 from trainer.report.statistics import Comparison
+from trainer.scores import CaseScore, volume_of
 
 UNCHANGED = 0.0005
 """A mean gain below this shows as 0.000."""
@@ -89,7 +90,7 @@ def _each(compared: Comparison) -> str:
     return f"; all {found[0]}" if len(found) == 1 else f"; {', '.join(found[:-1])} and {found[-1]}"
 
 
-def _dependence(rows: Sequence[Score], data: RunData) -> str:
+def _dependence(rows: Sequence[CaseScore], data: RunData) -> str:
     keys, volumes = {row.key for row in rows}, {row.volume for row in rows}
     if len(keys) < 2 and len(rows) < 2:
         return ""
@@ -111,7 +112,7 @@ def _dependence(rows: Sequence[Score], data: RunData) -> str:
     )
 
 
-def _overlap(rows: Sequence[Score], data: RunData) -> str:
+def _overlap(rows: Sequence[CaseScore], data: RunData) -> str:
     """Warn of evaluated samples, or volumes, that were trained on."""
     if not data.trained or not rows:
         return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -17,27 +16,10 @@ from trainer.report.curves import Curve, read_curves
 from trainer.report.panels import Panel, load_panels
 from trainer.report.statistics import Comparison, compare
 from trainer.run import Run, read_json
+from trainer.scores import CaseScore, read_scores
 
 BEFORE, AFTER = "untouched", "tuned"
 """Names of the evaluations that a report compares."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """A row of ``per_case.csv``; see `trainer.modules.medsam.CaseScore`."""
-
-    key: str
-    target: int
-    term: str
-    modality: str
-    area_px: int
-    dsc: float
-    iou: float
-
-    @property
-    def volume(self) -> str:
-        """The volume that the sample was cut from; the sample itself if its key names no slice."""
-        return volume_of(self.key)
 
 
 @dataclass(frozen=True)
@@ -52,7 +34,7 @@ class Evaluation:
     """
 
     name: str
-    scores: tuple[Score, ...]
+    scores: tuple[CaseScore, ...]
     panels: tuple[Panel, ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
 
@@ -91,7 +73,7 @@ class RunData:
     exports: tuple[dict[str, Any], ...] = ()
     trained: frozenset[str] | None = None
 
-    def pairs(self) -> list[tuple[Score, Score]]:
+    def pairs(self) -> list[tuple[CaseScore, CaseScore]]:
         """Targets with a score before and after, in the order of the second evaluation."""
         if self.before is None or self.after is None:
             return []
@@ -99,7 +81,7 @@ class RunData:
         found = [(first.get((score.key, score.target)), score) for score in self.after.scores]
         return [(before, after) for before, after in found if before is not None]
 
-    def scores(self) -> list[Score]:
+    def scores(self) -> list[CaseScore]:
         """Rows that the report is about: those after tuning where there are any, paired where there are pairs."""
         pairs = self.pairs()
         if pairs:
@@ -175,40 +157,6 @@ def read_run(run: Run) -> RunData:
         exports=tuple(_export(path) for path in sorted(run.exports.glob("*/export.json"))),
         trained=_trained(run.trace),
     )
-
-
-def volume_of(key: str) -> str:
-    """A key without its slice, such as ``a00058``; a key that names no slice stays as it is."""
-    return re.sub(r"-[a-z]\d+$", "", key)
-
-
-def read_scores(path: Path) -> tuple[Score, ...]:
-    """Read ``per_case.csv``; of two rows of one target the later counts.
-
-    Raises:
-        UserError: A column is missing, or a value is no number.
-    """
-    rows: dict[tuple[str, int], Score] = {}
-    try:
-        with path.open(newline="", encoding="utf-8") as handle:
-            for row in csv.DictReader(handle):
-                score = Score(
-                    key=row["key"],
-                    target=int(row["target"]),
-                    term=row["term"],
-                    modality=row["modality"],
-                    area_px=int(row["area_px"]),
-                    dsc=float(row["dsc"]),
-                    iou=float(row["iou"]),
-                )
-                if not (math.isfinite(score.dsc) and math.isfinite(score.iou)):
-                    raise ValueError(f"{score.key} has a score that is no finite number")
-                rows[score.key, score.target] = score
-    except KeyError as error:
-        raise UserError(f"{path}: the column {error} is missing; run the evaluation again") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run the evaluation again") from error
-    return tuple(rows.values())
 
 
 def _evaluation(folder: Path) -> Evaluation | None:

@@ -10,11 +10,12 @@ from typing import Any
 
 from trainer.report.answer import answer, limits
 from trainer.report.charts import MOST_LINES, line_chart, paired_plot
-from trainer.report.data import Evaluation, RunData, Score
+from trainer.report.data import Evaluation, RunData
 from trainer.report.gate import gate_figure, gate_section
 from trainer.report.markup import Markup, code, count, duration, facts, paragraph, score, section, signed, table, text
 from trainer.report.pictures import choose, draw
 from trainer.report.style import STYLE
+from trainer.scores import CaseScore
 
 WORST = 10
 """Rows of the table of worst cases."""
@@ -177,8 +178,8 @@ def _targets(data: RunData) -> str:
 
 
 def _terms(data: RunData) -> str:
-    groups: dict[str, list[tuple[Score | None, Score]]] = defaultdict(list)
-    pairs: Sequence[tuple[Score | None, Score]] = data.pairs() or [(None, row) for row in data.scores()]
+    groups: dict[str, list[tuple[CaseScore | None, CaseScore]]] = defaultdict(list)
+    pairs: Sequence[tuple[CaseScore | None, CaseScore]] = data.pairs() or [(None, row) for row in data.scores()]
     for before, after in pairs:
         groups[after.term].append((before, after))
     if not groups:
@@ -193,7 +194,7 @@ def _terms(data: RunData) -> str:
     return section("By term", table(columns, rows, label="Scores by term, mean ± standard deviation", foot=foot))
 
 
-def _term(term: str, pairs: Sequence[tuple[Score | None, Score]]) -> tuple[Any, ...]:
+def _term(term: str, pairs: Sequence[tuple[CaseScore | None, CaseScore]]) -> tuple[Any, ...]:
     befores, afters = [before for before, _ in pairs if before], [after for _, after in pairs]
     if not befores:
         return term, len(afters), _mean_sd(afters, "dsc"), _mean_sd(afters, "iou")
@@ -202,7 +203,7 @@ def _term(term: str, pairs: Sequence[tuple[Score | None, Score]]) -> tuple[Any, 
     return term, len(afters), *scores[:2], signed(gain), *scores[2:]
 
 
-def _mean_sd(rows: Sequence[Score], name: str) -> str:
+def _mean_sd(rows: Sequence[CaseScore], name: str) -> str:
     values = [getattr(row, name) for row in rows]
     return score(fmean(values)) + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
