@@ -23,6 +23,7 @@ from pycocotools import mask as coco_mask
 from data_shards.dataset import ShardDataset
 from trainer.restore import restore
 from trainer.run import Run
+from trainer.scores import read_scores
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -195,6 +196,33 @@ def test_a_run_made_longer_goes_on_with_the_next_sample(stop, every, tiny_recipe
     assert trainer_command(*parts, "--checkpoint.every_n_steps", every, "--trainer.max_steps", stop)[0] == 0
     assert trainer_command(*parts, "--trainer.max_steps", 5, "--ckpt_path", "last")[0] == 0
     assert steps(tmp_path / "parts") == steps(tmp_path / "whole")
+
+
+def test_two_ranks_take_the_same_steps_as_one(tiny_recipe, trainer_process, trainer_command, tmp_path):
+    size = ("--model.init_args.model.init_args.image_size", 32, "--data.init_args.micro_batch_size", 1)
+    small = ("-c", tiny_recipe, *size)
+    one, two = (("--trainer.default_root_dir", tmp_path / name) for name in ("one", "two"))
+    ranks = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
+    assert trainer_command("fit", *small, *one)[0] == 0
+    for command in (("fit",), ("test", "--ckpt_path", "last")):
+        process = trainer_process(*command, *small, *two, *ranks)
+        shown, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, shown
+        assert "arning" not in shown
+        assert "recommended" not in shown
+    alone, shared = steps(tmp_path / "one"), steps(tmp_path / "two")
+    assert len(alone) == 16
+    assert len(shared) == 8, "two at a time"
+    for (epoch, batch), (_, loss, keys) in shared.items():  # the first rank has every other sample
+        _, alone_loss, alone_keys = alone[epoch, 2 * batch]
+        assert keys == alone_keys
+        assert float(loss) == pytest.approx(float(alone_loss), rel=1e-3)
+    # scores are gathered: each target once, whichever rank had it
+    table = tmp_path / "two/evaluation/tuned/per_case.csv"
+    gathered = read_scores(table)
+    assert trainer_command("test", *small, *two, "--ckpt_path", "last")[0] == 0
+    assert gathered == read_scores(table)
+    assert len(gathered) == 6
 
 
 def test_resuming_on_other_data_is_refused(tiny_recipe, trainer_command, tmp_path, tiny_shards):

@@ -18,6 +18,8 @@ class SegmentationModel(nn.Module, ABC):
     """A promptable segmentation model: an image is encoded once, whatever the number of its prompts."""
 
     preprocessing: Preprocessing
+    score_head: str
+    """Name of the module that predicts a mask's quality; a loss on masks alone does not reach it."""
 
     @abstractmethod
     def encode(self, images: Tensor) -> Any:

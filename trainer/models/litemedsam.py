@@ -89,6 +89,8 @@ class LiteMedSAM(SegmentationModel):
         weights_sha256: What the weights file must hash to, in hexadecimal; optional.
     """
 
+    score_head = "mask_decoder.iou_prediction_head"
+
     def __init__(
         self, image_size: int = ORIGINAL_SIZE, weights: str | None = "litemedsam", weights_sha256: str | None = None
     ) -> None:

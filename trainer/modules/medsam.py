@@ -21,6 +21,7 @@ from trainer.modules.optimization import Schedule, adamw
 from trainer.prompts import BoxPrompts, Prompts
 from trainer.scores import CaseScore
 from trainer.tuning import FullTuning, Tuning
+from trainer.tuning.base import freeze
 
 
 @dataclass
@@ -75,6 +76,8 @@ class MedSAMModule(LightningModule):
         self.scores: list[tuple[int, CaseScore]] = []
         """Rows of the evaluation that is running, on this rank, each with its sample's position in the corpus."""
         self.tuning.apply(self.model)
+        # as in MedSAM the loss is on masks alone; DDP would wait for a gradient that never comes
+        freeze(self.model, [self.model.score_head])
 
     def setup(self, stage: str) -> None:
         """Refuse training data that a box-prompted model cannot learn from.
@@ -215,5 +218,5 @@ class MedSAMModule(LightningModule):
                 f"{stage}/dsc": sum(score.dsc for score in scores) / len(scores),
                 f"{stage}/iou": sum(score.iou for score in scores) / len(scores),
             }
-            # every rank holds the same rows: nothing is left to reduce
-            self.log_dict(means, sync_dist=False, rank_zero_only=False, prog_bar=True)
+            # every rank holds the same rows, so reducing changes nothing, and spares Lightning's warning
+            self.log_dict(means, sync_dist=True, prog_bar=True)
