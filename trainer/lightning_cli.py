@@ -309,6 +309,7 @@ def _quieten() -> None:
         ".*module\\(s\\) in eval mode.*",  # frozen batch-norm statistics are meant
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*torch.jit.*deprecated.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # another monitor, say: harmless
     ):
         warnings.filterwarnings("ignore", noise)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):

@@ -103,6 +103,28 @@ def test_predict_writes_masks_at_native_resolution(tiny_recipe, trainer_command,
         assert coco_mask.decode(line["mask"]).shape == (48, 40)
 
 
+def test_the_best_by_a_validation_metric_is_kept_and_found(tiny_recipe, tiny_shards, trainer_command, tmp_path):
+    watched = (
+        *("--data.init_args.val", tiny_shards / "test", "--trainer.val_check_interval", 2),
+        *("--checkpoint.monitor", "val/dsc", "--checkpoint.every_n_steps", 100, "--trainer.max_steps", 3),
+    )
+    assert trainer_command("fit", "-c", tiny_recipe, *watched)[0] == 0
+    logged = [row for file in (tmp_path / "run/logs").glob("*/metrics.csv") for row in csv.DictReader(file.open())]
+    scores = [float(row["val/dsc"]) for row in logged if row.get("val/dsc")]
+    assert len(scores) == 3, "after every second micro-batch, so after every step"
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    best = f"best-{scores.index(max(scores)) + 1:06d}.ckpt"
+    assert kept == [best, "last.ckpt"]
+    for name in ("best", tmp_path / "run/checkpoints" / best):
+        assert trainer_command("test", "-c", tiny_recipe, "--ckpt_path", name)[0] == 0
+        found = read_scores(tmp_path / "run/evaluation/tuned/per_case.csv")
+        assert sum(score.dsc for score in found) / len(found) == pytest.approx(max(scores), abs=1e-5)
+    assert json.loads((tmp_path / "run/evaluation/tuned/evaluation.json").read_text())["checkpoint"].endswith(best)
+    code, out, _ = trainer_command("validate", "-c", tiny_recipe, "--ckpt_path", "best", *watched[:2])
+    assert code == 0
+    assert "val/dsc" in out
+
+
 def test_progress_is_lines_where_there_is_no_terminal(tiny_recipe, trainer_command):
     code, out, err = trainer_command("fit", "-c", tiny_recipe, "--trainer.max_steps", 2)
     assert code == 0

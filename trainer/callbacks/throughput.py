@@ -14,6 +14,10 @@ from data_shards.batch import TripletBatch
 class Throughput(Callback):
     """Logs ``train/images_per_second`` over all ranks: from one optimiser step to the next, without evaluations."""
 
+    def __init__(self) -> None:
+        self._paused = 0.0
+        self._restart(0)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._restart(trainer.global_step)
