@@ -191,6 +191,9 @@ class RecipeCLI(LightningCLI):
         checkpoint = self._get(self.config, "ckpt_path")
         try:
             super()._run_subcommand(subcommand)
+        except UserError:
+            Run(self.trainer.default_root_dir).prune()
+            raise
         except torch.OutOfMemoryError as error:
             size = self.datamodule.micro_batch_size
             lower = f"lower data.init_args.micro_batch_size (now {size}; results stay the same) or the"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,12 @@ class Run:
             raise UserError(
                 f"cannot write to {self.root} ({error.strerror}): choose another trainer.default_root_dir"
             ) from error
+
+    def prune(self) -> None:
+        """Remove folders in which nothing was written, the run's own included."""
+        for folder in [*sorted(self.root.glob("logs/version_*")), self.root / "logs", self.root]:
+            with contextlib.suppress(OSError):  # not there, or not empty
+                folder.rmdir()
 
     def evaluation(self, name: str) -> Path:
         """Folder of one evaluation: ``untouched`` or ``tuned`` by default."""

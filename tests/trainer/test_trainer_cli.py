@@ -131,8 +131,7 @@ def test_mistakes_in_a_recipe(case, tiny_recipe, trainer_command, tmp_path):
     assert what in line
     assert hint in line
     run = tmp_path / "run"
-    assert not (run / "checkpoints").exists(), "nothing was trained"
-    assert not (run / "run.json").exists(), "nor recorded as if it had been"
+    assert not run.exists(), "nothing is half written"
 
 
 @pytest.mark.parametrize(
