@@ -63,7 +63,7 @@ class Conversion:
         """Read image and mask and check that they belong together and hold something.
 
         Raises:
-            UserError: A file cannot be read, holds NaN, has no target, or the two differ in shape.
+            UserError: A file cannot be read, holds NaN, has no target, or the two differ in shape or place.
         """
         image, mask = self.source.image, self.source.mask
         volume, labels = read_volume(image, **spec.reader), read_mask(mask, **spec.reader)
@@ -71,6 +71,12 @@ class Conversion:
             raise UserError(
                 f"{mask}: shape {labels.array.shape} (z, y, x) differs from {volume.array.shape[:3]} of its image "
                 f"{image}: resample the mask onto the image, or correct the pairing in the spec"
+            )
+        apart = volume.apart(labels)
+        if volume.spacing is not None and apart > min(volume.spacing) / 2:
+            raise UserError(
+                f"{mask}: lies elsewhere than its image {image}: their headers put the same voxel up to {apart:.1f} mm "
+                "apart; resample the mask onto the image, or, if only its header is wrong, give it that of the image"
             )
         check_finite(volume.array, str(image))
         check_finite(labels.array, str(mask))

@@ -30,10 +30,22 @@ class Volume:
     Attributes:
         array: (Z, Y, X) grey or labels, or (Z, Y, X, 3) RGB, at native dtype.
         spacing: Distance between neighbours (z, y, x) in mm, or None if the file does not say.
+        affine: (4, 4) from an index (x, y, z) of the array to mm in the scanner's frame, or None if the file does not
+            say.
     """
 
     array: np.ndarray
     spacing: tuple[float, float, float] | None
+    affine: np.ndarray | None = None
+
+    def apart(self, other: Volume) -> float:
+        """Largest distance in mm between a corner voxel of two volumes of one shape; 0 if either has no place."""
+        if self.affine is None or other.affine is None:
+            return 0.0
+        last = np.array(self.array.shape[2::-1]) - 1
+        corners = np.array([[*(last * corner), 1.0] for corner in np.ndindex(2, 2, 2)])
+        gaps = corners @ (self.affine - other.affine).T
+        return float(np.sqrt((gaps[:, :3] ** 2).sum(axis=1)).max())
 
 
 Reader = Callable[..., Volume]

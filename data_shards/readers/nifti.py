@@ -46,11 +46,12 @@ def read_nifti(path: Path, role: Role) -> Volume:
     zooms = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
     # Row i of `turn` names the axis that file axis i becomes.
     spacing_xyz = zooms[np.argsort(turn[:, 0])]
+    turned = affine @ orientations.inv_ornt_aff(turn, array.shape)
     array = orientations.apply_orientation(array, turn).transpose(2, 1, 0)
     if array.dtype.names:  # RGB is stored as a record of bytes
         array = np.stack([array[name] for name in array.dtype.names[:3]], axis=-1)
     x, y, z = (float(value) for value in spacing_xyz)
-    return Volume(np.ascontiguousarray(array), (z, y, x))
+    return Volume(np.ascontiguousarray(array), (z, y, x), turned)
 
 
 def _load(path: Path) -> Any:

@@ -424,3 +424,52 @@ def test_an_oblique_affine_keeps_its_spacing(tmp_path: Path) -> None:
     build(write_spec(tmp_path / "s.yaml", split={"kind": "patients", "fractions": {"all": 1.0}}), tmp_path / "out")
     origin = samples(tmp_path / "out", "all")[0].provenance
     assert origin.spacing == pytest.approx((0.75, 0.5)) and origin.slice_spacing == pytest.approx(2.0)
+
+
+def mask_with(folder: Path, affine: np.ndarray) -> Path:
+    """A spec of one case whose mask has another affine than its image."""
+    spec = make_inputs(folder, cases=1, split={"kind": "patients", "fractions": {"all": 1.0}})
+    save_nifti(folder / "gts/PAT0_scan_seg.nii.gz", make_case(0)[1], affine)
+    return spec
+
+
+@pytest.mark.parametrize(
+    ("wrong", "apart"),
+    [
+        (LPS_AFFINE + np.array([[0, 0, 0, 12.5]] + [[0] * 4] * 3), "12.5 mm"),  # moved
+        (LPS_AFFINE @ np.diag([1, -1, 1, 1]), "17.2 mm"),  # mirrored: the header says front where the image says back
+        (np.eye(4), "mm"),  # lost
+    ],
+)
+def test_a_mask_that_lies_elsewhere_is_refused(tmp_path: Path, wrong: np.ndarray, apart: str) -> None:
+    spec = mask_with(tmp_path, wrong)
+    with pytest.raises(UserError, match="lies elsewhere than its image") as error:
+        build(spec, tmp_path / "out")
+    assert "PAT0_scan_seg.nii.gz" in str(error.value)
+    assert apart in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_headers_may_differ_by_rounding(tmp_path: Path) -> None:
+    rounded = LPS_AFFINE + np.random.default_rng(0).normal(0, 1e-4, (4, 4)) * [[1], [1], [1], [0]]
+    build(mask_with(tmp_path / "a", rounded), tmp_path / "a/out")
+    build(mask_with(tmp_path / "b", LPS_AFFINE), tmp_path / "b/out")
+    ones, others = samples(tmp_path / "a/out", "all"), samples(tmp_path / "b/out", "all")
+    assert len(ones) == len(others) > 0
+    for one, other in zip(ones, others, strict=True):
+        assert np.array_equal(one.targets[0].mask(), other.targets[0].mask())
+
+
+def test_image_and_mask_may_be_stored_in_different_orders(tmp_path: Path) -> None:
+    """The same place in other axes is the same place."""
+    spec = make_inputs(tmp_path, cases=1, split={"kind": "patients", "fractions": {"all": 1.0}})
+    build(spec, tmp_path / "plain")
+    path = tmp_path / "gts/PAT0_scan_seg.nii.gz"
+    mask = nibabel.load(path)
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.orientations.io_orientation(mask.affine), nibabel.orientations.axcodes2ornt("PIR")
+    )
+    nibabel.save(mask.as_reoriented(turn), path)
+    build(spec, tmp_path / "turned")
+    for one, other in zip(samples(tmp_path / "plain", "all"), samples(tmp_path / "turned", "all"), strict=True):
+        assert one.targets == other.targets
