@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import os
 import re
@@ -168,7 +169,20 @@ class RecipeCLI(LightningCLI):
         named = arguments.get("ckpt_path")
         if named is not None:
             arguments["ckpt_path"] = self._checkpoint(str(named), subcommand)
+        elif subcommand == "fit":
+            self._refuse_to_overwrite()
         return arguments
+
+    def _refuse_to_overwrite(self) -> None:
+        """A training started anew would replace the checkpoints of the one that is there."""
+        run = Run(self.trainer.default_root_dir)
+        last = find_checkpoint("last", run)
+        if last is not None:
+            step = f" at step {read_checkpoint(last).get('global_step')}" if last.is_file() else ""
+            raise UserError(
+                f"{run.root} holds a training{step} already: go on with --ckpt_path last, choose another "
+                "trainer.default_root_dir, or remove that folder"
+            )
 
     def _checkpoint(self, name: str, subcommand: str) -> str | None:
         """The checkpoint to load, checked before anything starts; None to start at step 0."""
@@ -230,11 +244,19 @@ def check_arguments(arguments: list[str]) -> tuple[list[str], str]:
             value = arguments[position + 1]
         if name in ("-c", "--config"):
             openings[value] = check_recipe(value)
-        elif name.startswith("--") and re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Z]\w*", value):
+        elif name.startswith("--") and _looks_like_class(value):
             check_class(value, {}, name)
         elif name.startswith("--"):
             _check_override(name, list(openings))
     return list(openings), next(iter(openings.values()), "")
+
+
+def _looks_like_class(value: str) -> bool:
+    """Whether a value is the dotted path of something in a package that there is, and no file name."""
+    if not re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Z]\w*", value) or Path(value).exists():
+        return False
+    package = importlib.util.find_spec(value.partition(".")[0])
+    return package is not None and package.origin is not None  # a folder that happens to lie here has none
 
 
 def _check_override(name: str, recipes: list[str]) -> None:

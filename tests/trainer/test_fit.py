@@ -247,6 +247,16 @@ def test_two_ranks_take_the_same_steps_as_one(tiny_recipe, trainer_process, trai
     assert len(gathered) == 6
 
 
+def test_a_training_is_not_overwritten(tiny_recipe, trainer_command, tmp_path):
+    small = ("fit", "-c", tiny_recipe, "--model.init_args.model.init_args.image_size", 32, "--trainer.max_steps", 2)
+    assert trainer_command(*small)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    code, _, err = trainer_command(*small)
+    assert code == 2
+    assert f"{tmp_path}/run holds a training at step 2 already: go on with --ckpt_path last" in err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
 def test_resuming_on_other_data_is_refused(tiny_recipe, trainer_command, tmp_path, tiny_shards):
     assert trainer_command("fit", "-c", tiny_recipe, "--trainer.max_steps", 1)[0] == 0
     other = ("--data.init_args.train", tiny_shards / "test", "--trainer.max_steps", 2, "--ckpt_path", "last")

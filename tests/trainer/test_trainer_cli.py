@@ -159,6 +159,13 @@ def test_mistakes_on_the_command_line(arguments, what, tiny_recipe, trainer_comm
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+def test_a_folder_may_be_called_like_a_class(tiny_recipe, trainer_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ("test", "-c", tiny_recipe, "--trainer.default_root_dir", "runs.Mine")
+    assert trainer_command(*command)[0] == 0
+    assert (tmp_path / "runs.Mine/evaluation/untouched/per_case.csv").is_file()
+
+
 def test_an_unknown_command_names_the_nearest(trainer_command):
     assert "did you mean 'predict'?" in the_only_line(*trainer_command("predcit")[::2])
 
