@@ -208,6 +208,12 @@ class RecipeCLI(LightningCLI):
         except UserError:
             Run(self.trainer.default_root_dir).prune()
             raise
+        except SystemExit as done:  # so Lightning ends after Ctrl-C, and says nothing of how to go on
+            if not self.trainer.interrupted:
+                raise
+            if subcommand == "fit":
+                _say(f"stopped at step {self.trainer.global_step}; --ckpt_path last goes on from the last checkpoint")
+            raise KeyboardInterrupt from done
         except torch.OutOfMemoryError as error:
             size = self.datamodule.micro_batch_size
             lower = f"lower data.init_args.micro_batch_size (now {size}; results stay the same) or the"

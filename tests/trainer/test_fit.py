@@ -257,6 +257,23 @@ def test_a_training_is_not_overwritten(tiny_recipe, trainer_command, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+def test_ctrl_c_says_how_to_go_on(tiny_recipe, trainer_process, trainer_command, tmp_path):
+    small = ("fit", "-c", tiny_recipe, "--model.init_args.model.init_args.image_size", 32)
+    process = trainer_process(*small, "--trainer.max_steps", 100_000)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, shown
+    assert "--ckpt_path last goes on from the last checkpoint" in shown
+    assert shown.endswith("trainer: interrupted\n")
+    assert "Traceback" not in shown
+    done = torch.load(last, weights_only=True)["global_step"]
+    assert trainer_command(*small, "--trainer.max_steps", done + 1, "--ckpt_path", "last")[0] == 0
+
+
 def test_resuming_on_other_data_is_refused(tiny_recipe, trainer_command, tmp_path, tiny_shards):
     assert trainer_command("fit", "-c", tiny_recipe, "--trainer.max_steps", 1)[0] == 0
     other = ("--data.init_args.train", tiny_shards / "test", "--trainer.max_steps", 2, "--ckpt_path", "last")
