@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 
 from data_shards.errors import UserError, nearest, run_command
 
@@ -39,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
+        return 0
+    if arguments[0] == "--version":
+        print(f"sam-trainer {version('sam-trainer')}")
         return 0
     command, rest = arguments[0], arguments[1:]
     # imports are here so that help and mistakes answer at once

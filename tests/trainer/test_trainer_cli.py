@@ -166,6 +166,14 @@ def test_a_folder_may_be_called_like_a_class(tiny_recipe, trainer_command, tmp_p
     assert (tmp_path / "runs.Mine/evaluation/untouched/per_case.csv").is_file()
 
 
+def test_version(trainer_command, capsys):
+    from data_shards.cli import main as data_shards
+
+    assert trainer_command("--version") == (0, "sam-trainer 0.1.0\n", "")
+    assert data_shards(["--version"]) == 0
+    assert capsys.readouterr().out == "sam-trainer 0.1.0\n"
+
+
 def test_an_unknown_command_names_the_nearest(trainer_command):
     assert "did you mean 'predict'?" in the_only_line(*trainer_command("predcit")[::2])
 
