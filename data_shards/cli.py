@@ -10,9 +10,9 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import TYPE_CHECKING, NoReturn
 
+from data_shards import __version__
 from data_shards.errors import CommandParser, UserError, nearest, run_command
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _check_options(arguments: list[str], parser: CommandParser) -> None:
 def _parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
     """Return the parser and those of its commands."""
     parser = CommandParser(prog="data-shards", description=_HELP)
-    parser.add_argument("--version", action="version", version=f"sam-trainer {version('sam-trainer')}")
+    parser.add_argument("--version", action="version", version=f"sam-trainer {__version__}")
     group = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND", required=True)
 
     build = group.add_parser("build", help="build shards from a spec")

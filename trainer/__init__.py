@@ -1,3 +1,5 @@
 """Fine-tune segmentation foundation models for medicine: models, tuning, losses, modules, exports."""
 
-__version__ = "0.1.0"
+from data_shards import __version__
+
+__all__ = ["__version__"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 
+from data_shards import __version__
 from data_shards.errors import UserError, nearest, run_command
 
 HELP = """\
@@ -42,7 +42,7 @@ def _main(arguments: list[str]) -> int:
         print(HELP, end="")
         return 0
     if arguments[0] == "--version":
-        print(f"sam-trainer {version('sam-trainer')}")
+        print(f"sam-trainer {__version__}")
         return 0
     command, rest = arguments[0], arguments[1:]
     # imports are here so that help and mistakes answer at once
