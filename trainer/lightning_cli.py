@@ -100,7 +100,7 @@ class RecipeCLI(LightningCLI):
             parser_class=RecipeParser,
             parser_kwargs={"prog": "trainer", **{name: {"description": text} for name, text in DESCRIPTIONS.items()}},
             save_config_callback=RunRecord,
-            save_config_kwargs={"opening": self.opening},
+            save_config_kwargs={"opening_comment": self.opening},
             seed_everything_default=0,
             trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
             auto_configure_optimizers=False,

