@@ -80,6 +80,6 @@ def read_scores(path: Path) -> tuple[CaseScore, ...]:
                 rows[score.key, score.target] = score
     except KeyError as error:
         raise UserError(f"{path}: the column {error} is missing; run the evaluation again") from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error}); run the evaluation again") from error
     return tuple(rows.values())

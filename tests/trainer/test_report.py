@@ -100,7 +100,7 @@ def full(empty: Run) -> Run:
     write_log(empty, 0, [{"step": s, "train/loss": 1.0, "train/dsc": 0.5, rate: 1 if s == 0 else 8} for s in range(9)])
     write_log(empty, 1, [{"step": 0, "test/dsc": 0.4}])
     write_log(empty, 2, [{"step": s, "train/loss": 0.25, "train/dsc": 0.75, rate: 9} for s in range(6, 12)])
-    empty.trace.write_text("epoch,batch,step,loss,keys\n0,0,0,1.0,toy-c10868632198ea58-a00099 other-v-a00001\n")
+    empty.trace.write_text("epoch,batch,step,loss,keys\n0,0,11,1.0,toy-c10868632198ea58-a00099 other-v-a00001\n")
     empty.stages.write_text(json.dumps({"fit": 100.5, "evaluate-untouched": 10.25}))
     empty.record.write_text(
         json.dumps(
@@ -211,8 +211,23 @@ class TestCurves:
         assert read_curves(empty.root / "logs") == {"a": {2: 3.0}, "b": {2: 1.0}}
 
     def test_damage_is_one_line_with_the_file(self, empty: Run) -> None:
-        write_log(empty, 0, [{"step": 0, "train/loss": "abc"}])
+        write_log(empty, 0, [{"step": 0, "train/loss": "abc"}, {"step": 1, "train/loss": 1.0}])
         with pytest.raises(UserError, match=r"version_0/metrics.csv: .*abc"):
+            read_curves(empty.root / "logs")
+
+    @pytest.mark.parametrize("rest", ["", "1", "1,", "1,7,0", "1,7,0.", ",,\r\n", "1,7\r\n", "\0\0\0"])
+    def test_a_last_row_that_was_cut_is_left_out(self, empty: Run, rest: str) -> None:
+        folder = empty.root / "logs" / "version_0"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text(f"epoch,step,train/loss\r\n0,6,0.5\r\n{rest}")
+        assert read_curves(empty.root / "logs") == {"train/loss": {6: 0.5}}
+
+    @pytest.mark.parametrize("row", [",,", "1", "1,x,0.5", "1,inf,0.5", "1,7,0.5,9"])
+    def test_damage_before_the_last_row_stays_an_error(self, empty: Run, row: str) -> None:
+        folder = empty.root / "logs" / "version_0"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text(f"epoch,step,train/loss\r\n{row}\r\n0,8,0.5\r\n")
+        with pytest.raises(UserError, match=r"version_0/metrics.csv: not a readable log"):
             read_curves(empty.root / "logs")
 
     def test_smoothing_keeps_constants_and_the_mean_level(self) -> None:
@@ -317,12 +332,14 @@ class TestSummary:
         summary = write_summary(full)
         assert summary == json.loads((full.root / "summary.json").read_text())
         assert list(summary) == [
-            *("dsc_before", "dsc_after", "iou_before", "iou_after", "targets", "dsc_gain_ci95", "p_value"),
+            *("dsc_before", "dsc_after", "iou_before", "iou_after", "targets", "volumes"),
+            *("dsc_gain_ci95", "p_value"),
             *("images_per_second", "seconds", "stages", "export_verified", "versions"),
         ]
         assert summary["dsc_before"] == pytest.approx(BEFORE.mean())
         assert summary["iou_after"] == pytest.approx((AFTER / (2 - AFTER)).mean())
         assert summary["targets"] == 12
+        assert summary["volumes"] == 1
         low, high = summary["dsc_gain_ci95"]
         assert low < (AFTER - BEFORE).mean() < high
         assert summary["p_value"] == wilcoxon(AFTER, BEFORE).pvalue
@@ -420,6 +437,36 @@ class TestWords:
         assert subject(read_run(full)) == "12 unseen images"
         assert volume_of("icbm152-white-matter-c10868632198ea58-a00058") == "icbm152-white-matter-c10868632198ea58"
 
+    @pytest.mark.parametrize(("targets", "verdict"), [(2, "went"), (5, "went"), (6, "rose")])
+    def test_few_targets_get_no_verdict(self, empty: Run, targets: int, verdict: str) -> None:
+        before = BEFORE[:targets]
+        for name, scores in (("untouched", before), ("tuned", before + np.linspace(0.1, 0.2, targets))):
+            write_evaluation(empty, name, scores, KEYS[:targets], panels=False)
+        compared = read_run(empty).compare("dsc")
+        assert compared
+        assert compared.gain_ci95
+        assert compared.gain_ci95[0] > 0, "the interval alone would say that it rose"
+        said = answer(read_run(empty))
+        assert f"mean DSC {verdict} from" in said
+        assert (f"{targets} targets are too few to tell" in said) is (verdict == "went")
+
+    def test_an_interval_without_a_test_is_no_verdict(self, empty: Run) -> None:
+        gains = np.array([0.4, 0.35, 0.3, 0.25, -0.01, -0.02, -0.03, -0.04, -0.05, -0.06, 0.3, -0.07])
+        for sign in (1, -1):
+            write_evaluation(empty, "untouched", BEFORE, panels=False)
+            write_evaluation(empty, "tuned", BEFORE + sign * gains, panels=False)
+            compared = read_run(empty).compare("dsc")
+            assert compared
+            assert compared.p_value is not None
+            assert compared.gain_ci95
+            assert min(np.abs(compared.gain_ci95)) > 0
+            assert compared.gain_ci95[0] * compared.gain_ci95[1] > 0
+            assert compared.p_value > 0.05
+            said = answer(read_run(empty))
+            assert "mean DSC went from" in said
+            assert "no clear change: the interval excludes 0, but p is not below 0.05" in said
+            assert "worse" not in said
+
     def test_numbers(self) -> None:
         assert [signed(value) for value in (0.5, -0.5, 0.0004, None)] == ["+0.500", "−0.500", "±0.000", "–"]
         assert [duration(value) for value in (4.45, 144.58, 59.99, 7384, None)] == [
@@ -427,9 +474,123 @@ class TestWords:
         ]
         assert p_value(2e-13).replace("\u00a0", " ") == "p < 0.001"
         assert p_value(0.0312).replace("\u00a0", " ") == "p = 0.031"
-        assert [measure(value).replace("\u00a0", " ") for value in (2.1e-5, 0.31, 0, 1500.0)] == [
-            *("2.1 × 10⁻⁵", "0.31", "0", "1,500"),
+        assert [measure(value).replace("\u00a0", " ") for value in (2.1e-5, 0.31, 0, 1500.0, float("inf"))] == [
+            *("2.1 × 10⁻⁵", "0.31", "0", "1,500", "inf"),
         ]
+
+
+SCORED = {
+    "data": {"test": {"folder": "a", "index_sha256": "ab" * 32, "samples": 12}},
+    "preprocessing": {"size": 128, "mean": [0.5]},
+    "prompts": {"margin": 5},
+    "precision": "32-true",
+}
+
+
+class TestScoredAlike:
+    def unlike(self, run: Run, **changes: object) -> list[str]:
+        for name, record in (("untouched", SCORED), ("tuned", {**SCORED, **changes})):
+            (run.evaluation(name) / "evaluation.json").write_text(json.dumps(record))
+        return read_run(run).unlike()
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"data": {"test": {"folder": "b", "index_sha256": "cd" * 32}}}, "test data (index abababab…, then cd"),
+            ({"preprocessing": {"size": 256, "mean": [0.5]}}, "preprocessing size (128, then 256)"),
+            ({"prompts": {"margin": 5, "seed": 1}}, "prompts seed (none, then 1)"),
+            ({"precision": "<bf16>"}, "precision (32-true, then <bf16>)"),
+        ],
+    )
+    def test_a_difference_is_named_everywhere(
+        self, full: Run, capsys: pytest.CaptureFixture[str], changes: dict, said: str
+    ) -> None:
+        found = self.unlike(full, **changes)
+        assert len(found) == 1
+        assert found[0].startswith(said)
+        warning = f"Not scored alike: {found[0]}; the difference may come from that."
+        page = page_of(full)
+        assert warning in Outline(page).text
+        assert "<bf16>" not in page
+        assert report_command([str(full.root)]) == 0
+        assert "warning: n" + warning[1:] in capsys.readouterr().out
+
+    def test_nothing_is_said_of_what_is_alike_or_not_recorded(self, full: Run) -> None:
+        assert self.unlike(full, data={"test": {"folder": "moved", "index_sha256": "ab" * 32}}) == []
+        assert self.unlike(full, data={"val": {"index_sha256": "cd" * 32}}, preprocessing=None, prompts=None) == []
+        (full.evaluation("tuned") / "evaluation.json").unlink()
+        assert read_run(full).unlike() == []
+        assert "Not scored alike" not in page_of(full)
+
+
+class TestTraces:
+    @pytest.mark.parametrize("name", ["trace-rank1.csv", "trace-rank12.csv"])
+    def test_the_samples_of_every_process_count(self, full: Run, name: str) -> None:
+        assert subject(read_run(full)) == "12 unseen slices"
+        (full.root / name).write_text(f"epoch,batch,step,loss,keys\n0,0,20,1.0,{KEYS[0]}\n")
+        data = read_run(full)
+        assert data.steps == 21
+        assert subject(data) == "12 test slices"
+        assert "1 of the 12 evaluated samples was also trained on" in " ".join(limits(data))
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"epoch,batch,step,loss,keys\n0,0,0,1.0,\xff\xfe\n",
+            b"epoch,batch,step,loss,keys\n0,0,x,1.0,a\n0,1,1,1.0,b\n",
+            b"epoch,batch,step,loss\n0,0,0,1.0\n0,1,1,1.0\n",
+            b"epoch,batch,step,loss,keys\n0,0,0\n0,1,1,1.0,b\n",
+        ],
+    )
+    def test_damage_is_one_line(self, full: Run, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+        (full.root / "trace-rank1.csv").write_bytes(content)
+        assert run_command(lambda: report_command([str(full.root)]), "trainer") == 2
+        shown = capsys.readouterr().err
+        assert "trace-rank1.csv: not a readable trace of samples" in shown
+        assert shown.count("\n") == 1
+
+    def test_a_last_row_that_was_cut_is_left_out(self, full: Run) -> None:
+        full.trace.write_text("epoch,batch,step,loss,keys\n0,0,0,1.0,a b\n0,1,1,1.0,c d")
+        data = read_run(full)
+        assert (data.trained, data.steps) == ({"a", "b"}, 1)
+
+    def test_steps_are_those_of_the_log_without_a_trace(self, full: Run, empty: Run) -> None:
+        full.trace.write_text("epoch,batch,step,loss,keys\n0,0,29,1.0,a\n0,0,14,1.0,a\n")
+        assert read_run(full).steps == 30
+        full.trace.unlink()
+        assert read_run(full).steps == 12
+        assert read_run(full).trained is None
+
+
+class TestRecords:
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("run.json", []),
+            ("run.json", {"model": []}),
+            ("run.json", {"model": {"parameters": "many"}}),
+            ("run.json", {"data": {"train": "shards"}}),
+            ("run.json", {"versions": ["torch"]}),
+            ("stages.json", [1.0]),
+            ("stages.json", {"fit": "long"}),
+            ("stages.json", {"fit": float("nan")}),
+            ("evaluation/tuned/evaluation.json", ["test"]),
+            ("evaluation/tuned/evaluation.json", {"data": ["test"]}),
+            ("exports/litemedsam/export.json", []),
+            ("exports/litemedsam/export.json", {"dsc_run": "0.9"}),
+            ("exports/litemedsam/export.json", {"max_logit_difference": "small"}),
+            ("exports/litemedsam/export.json", {"verified": False, "tolerance": True}),
+            ("exports/litemedsam/export.json", {"notes": 5}),
+        ],
+    )
+    def test_a_value_of_the_wrong_kind_is_one_line(
+        self, full: Run, name: str, content: object, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (full.root / name).write_text(json.dumps(content))
+        assert run_command(lambda: report_command([str(full.root)]), "trainer") == 2
+        shown = capsys.readouterr().err
+        assert str(full.root / name) in shown
+        assert shown.count("\n") == 1
 
 
 class TestPage:
@@ -579,6 +740,31 @@ class TestCommand:
         assert (full.root / "report.html").is_file()
         assert (full.root / "summary.json").is_file()
         assert not list(full.root.glob("*.tmp"))
+
+    @pytest.mark.parametrize(
+        ("volumes", "said"),
+        [
+            (1, "12 targets of 1 volume: the interval describes these slices, not other patients"),
+            (5, "12 targets of 5 volumes: the interval describes these slices, not other patients"),
+            (6, None),
+        ],
+    )
+    def test_few_volumes_are_named(
+        self,
+        empty: Run,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        volumes: int,
+        said: str | None,
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "160")
+        keys = [f"toy-v{number % volumes}-a{number:05d}" for number in range(12)]
+        write_evaluation(empty, "untouched", BEFORE, keys, panels=False)
+        write_evaluation(empty, "tuned", AFTER, keys, panels=False)
+        assert report_command([str(empty.root)]) == 0
+        shown = capsys.readouterr().out
+        assert said in shown if said else "not other patients" not in shown
+        assert json.loads((empty.root / "summary.json").read_text())["volumes"] == volumes
 
     def test_names_what_is_missing_with_the_folder_as_given(
         self, empty: Run, capsys: pytest.CaptureFixture[str]

@@ -11,6 +11,10 @@ from trainer.scores import CaseScore, volume_of
 
 UNCHANGED = 0.0005
 """A mean gain below this shows as 0.000."""
+FEW = 6
+"""Of fewer targets no verdict is given: a signed-rank test cannot reach `SIGNIFICANT` on them."""
+SIGNIFICANT = 0.05
+"""A verdict needs a smaller p, besides an interval without 0."""
 
 
 def answer(data: RunData) -> str:
@@ -54,13 +58,29 @@ def limits(data: RunData) -> list[str]:
     return [note for note in (_dependence(rows, data), _overlap(rows, data), _unmatched(data)) if note]
 
 
+def few_volumes(data: RunData) -> str:
+    """One short line where the targets come from too few volumes to speak of others; else nothing."""
+    rows, compared = data.scores(), data.compare("dsc")
+    volumes = {row.volume for row in rows}
+    if len(rows) < 2 or len(volumes) >= FEW:
+        return ""
+    sliced = any(row.volume != row.key for row in rows)
+    figure = "interval" if compared and compared.gain_ci95 else "mean"
+    of, these = (count(len(volumes), "volume"), "slices") if sliced else (count(len(volumes), "image"), "images")
+    return f"{count(len(rows), 'target')} of {of}: the {figure} describes these {these}, not other patients"
+
+
+def scored_unlike(data: RunData) -> str:
+    """A warning where the two evaluations were not scored alike; else nothing."""
+    found = data.unlike()
+    return f"{', '.join(found)}; the difference may come from that." if found else ""
+
+
 def _compared(compared: Comparison, what: str) -> str:
-    low, high = compared.gain_ci95 or (0.0, 0.0)
     ends = f"from {score(compared.before)} to {score(compared.after)}"
-    if low > 0:
-        verdict = f"rose {ends}"
-    elif high < 0:
-        verdict = f"fell {ends}"
+    unclear = _unclear(compared)
+    if not unclear:
+        verdict = f"{'rose' if compared.gain > 0 else 'fell'} {ends}"
     elif abs(compared.gain) < UNCHANGED:
         verdict = f"stayed at {score(compared.after)}"
     else:
@@ -70,14 +90,22 @@ def _compared(compared: Comparison, what: str) -> str:
         inside.append(f"95\u00a0%\u00a0CI {interval(compared.gain_ci95)}")
     if compared.p_value is not None:
         inside.append(f"Wilcoxon {p_value(compared.p_value)}")
-    end = ""
-    if compared.gain_ci95 is None:
-        end = " One target allows neither an interval nor a test."
-    elif high < 0:
-        end = " Tuning made it worse here."
-    elif low <= 0:
-        end = " That is no clear change: the interval includes 0."
+    end = unclear or ("" if compared.gain > 0 else " Tuning made it worse here.")
     return f"On {what} mean DSC {verdict} ({', '.join(inside)}){_each(compared)}.{end}"
+
+
+def _unclear(compared: Comparison) -> str:
+    """Why the figures do not show that the score rose or fell; nothing if they do."""
+    if compared.gain_ci95 is None:
+        return " One target allows neither an interval nor a test."
+    if compared.count < FEW:
+        return f" {compared.count} targets are too few to tell whether that is a change."
+    low, high = compared.gain_ci95
+    if low <= 0 <= high:
+        return " That is no clear change: the interval includes 0."
+    if compared.p_value is None or compared.p_value >= SIGNIFICANT:
+        return f" That is no clear change: the interval excludes 0, but p is not below {SIGNIFICANT}."
+    return ""
 
 
 def _each(compared: Comparison) -> str:

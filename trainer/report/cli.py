@@ -51,9 +51,12 @@ def _show(run: Run, summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from trainer.report.answer import few_volumes, scored_unlike
     from trainer.report.data import read_run
     from trainer.report.markup import UNKNOWN, duration, interval, score
 
+    # here, unlike in a page that is sent round, the folder is written as the user wrote it
+    data = replace(read_run(run), shown=str(run.root))
     ends = {name: f"{score(summary[f'{name}_before'])} → {score(summary[f'{name}_after'])}" for name in ("dsc", "iou")}
     bounds = summary["dsc_gain_ci95"]
     gain = f"  (gain, 95 % CI: {interval((bounds[0], bounds[1]))})" if bounds else ""
@@ -62,10 +65,15 @@ def _show(run: Run, summary: dict[str, Any]) -> None:
     table.add_row("targets", UNKNOWN if summary["targets"] is None else f"{summary['targets']:,}")
     table.add_row("DSC", ends["dsc"] + gain)
     table.add_row("IoU", ends["iou"])
+    few = few_volumes(data)
+    if few:
+        table.add_row("note", few)
     table.add_row("images/s", UNKNOWN if rate is None else f"{rate:.3g}")
     table.add_row("time", duration(summary["seconds"]))
     table.add_row("export gate", {True: "verified", False: "NOT verified", None: "no export"}[verified])
     Console().print(table)
-    # here, unlike in a page that is sent round, the folder is written as the user wrote it
-    for what, command in replace(read_run(run), shown=str(run.root)).missing().items():
+    unlike = scored_unlike(data)
+    if unlike:
+        print(f"warning: not scored alike: {unlike}")
+    for what, command in data.missing().items():
         print(f"missing: {what}; made by `{command}`")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 
-from data_shards.errors import UserError
+from trainer.report.tables import Row, read_rows
 
 Curve = dict[int, float]
 """Value by optimiser step, in rising order of steps."""
@@ -25,7 +24,7 @@ def read_curves(logs: Path) -> dict[str, Curve]:
         Curves by column, such as ``train/loss``; without columns that have no finite value.
 
     Raises:
-        UserError: A log is damaged.
+        UserError: A log is damaged, other than in its last row.
     """
     merged: dict[str, Curve] = {}
     for version in sorted(logs.glob("version_*"), key=_number):
@@ -50,16 +49,12 @@ def _number(version: Path) -> tuple[int, str]:
 def _read(path: Path) -> dict[str, Curve]:
     """Curves of one log; blank cells and values that are not finite are left out."""
     columns: dict[str, Curve] = {}
-    try:
-        with path.open(newline="") as handle:
-            for row in csv.DictReader(handle):
-                step = int(float(row["step"] or "nan"))
-                for name, cell in row.items():
-                    if name in ("step", "epoch") or not cell:
-                        continue
-                    value = float(cell)
-                    if math.isfinite(value):
-                        columns.setdefault(name, {})[step] = value
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a readable log of metrics ({type(error).__name__}: {error})") from error
+    for step, values in read_rows(path, _values, "log of metrics"):
+        for name, value in values.items():
+            columns.setdefault(name, {})[step] = value
     return columns
+
+
+def _values(row: Row) -> tuple[int, dict[str, float]]:
+    values = {name: float(cell) for name, cell in row.items() if name not in ("step", "epoch") and cell}
+    return int(float(row["step"])), {name: value for name, value in values.items() if math.isfinite(value)}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,10 @@ import numpy as np
 from data_shards.errors import UserError
 from trainer.report.curves import Curve, read_curves
 from trainer.report.panels import Panel, load_panels
+from trainer.report.records import read_export, read_record, read_stages
 from trainer.report.statistics import Comparison, compare
-from trainer.run import Run, read_json
+from trainer.report.traces import read_traces
+from trainer.run import Run, opening
 from trainer.scores import CaseScore, read_scores
 
 BEFORE, AFTER = "untouched", "tuned"
@@ -57,6 +57,7 @@ class RunData:
         curves: Logged values by column and step.
         exports: Every ``export.json``, with its ``format``.
         trained: Keys of the samples that were trained on; None if that was not recorded.
+        steps: Optimiser steps that were trained; None if not a single one was recorded.
     """
 
     name: str
@@ -72,6 +73,7 @@ class RunData:
     curves: dict[str, Curve] = field(default_factory=dict)
     exports: tuple[dict[str, Any], ...] = ()
     trained: frozenset[str] | None = None
+    steps: int | None = None
 
     def pairs(self) -> list[tuple[CaseScore, CaseScore]]:
         """Targets with a score before and after, in the order of the second evaluation."""
@@ -105,7 +107,22 @@ class RunData:
     def outdated(self) -> bool:
         """Whether the run was trained on after its evaluation."""
         scored = self.after.record.get("step") if self.after else None
-        return isinstance(scored, int) and scored < max(self.curves.get("train/loss", {0: 0.0}))
+        return isinstance(scored, int) and scored < (self.steps or 0)
+
+    def unlike(self) -> list[str]:
+        """How the evaluations that are compared were scored differently; what either did not record is left out."""
+        if self.before is None or self.after is None or not self.pairs():
+            return []
+        first, second = self.before.record, self.after.record
+        found: list[str] = []
+        for split, of in (first.get("data") or {}).items():
+            hashes = [(side or {}).get("index_sha256") for side in (of, (second.get("data") or {}).get(split))]
+            if None not in hashes and hashes[0] != hashes[1]:
+                found.append(f"{split} data (index {str(hashes[0])[:8]}…, then {str(hashes[1])[:8]}…)")
+        for name in ("preprocessing", "prompts", "precision"):
+            if first.get(name) is not None and second.get(name) is not None:
+                found += _differences(name, first[name], second[name])
+        return found
 
     def splits(self) -> dict[str, dict[str, Any]]:
         """Every split that was trained on or scored: folder, hash of the index, samples."""
@@ -137,25 +154,28 @@ def read_run(run: Run) -> RunData:
         UserError: A file is there, but damaged.
     """
     recipe = _text(run.recipe)
-    record = read_json(run.record) if run.record.is_file() else {}
-    asked, caveat = _opening(recipe)
+    record = read_record(run.record)
+    asked, caveat = opening(recipe)
     question, _, inline = str(record.get("question") or asked or "").partition("Caveat:")
     evaluations = {folder.name: _evaluation(folder) for folder in sorted(run.evaluation("").glob("*/"))}
     found = {name: evaluation for name, evaluation in evaluations.items() if evaluation is not None}
+    curves, traced = read_curves(run.root / "logs"), read_traces(run.root)
+    logged = max(curves.get("train/loss", {}), default=-1) + 1  # steps are counted from 0
     return RunData(
         name=str(record.get("name") or run.root.resolve().name),
         shown=_shown(run.root),
         question=question.strip() or None,
         caveat=str(record.get("caveat") or inline or caveat or "").strip() or None,
         record=record,
-        stages=_stages(run.stages),
+        stages=read_stages(run.stages),
         recipe=recipe,
         before=found.pop(BEFORE, None),
         after=found.pop(AFTER, None),
         others=tuple(found.values()),
-        curves=read_curves(run.root / "logs"),
-        exports=tuple(_export(path) for path in sorted(run.exports.glob("*/export.json"))),
-        trained=_trained(run.trace),
+        curves=curves,
+        exports=tuple(read_export(path) for path in sorted(run.exports.glob("*/export.json"))),
+        trained=traced[0] if traced else None,
+        steps=(traced[1] if traced else 0) or logged or None,
     )
 
 
@@ -164,29 +184,19 @@ def _evaluation(folder: Path) -> Evaluation | None:
     scores = read_scores(table) if table.is_file() else ()
     if not scores:
         return None
-    record = folder / "evaluation.json"
     pictures = tuple(load_panels(panels)) if panels.is_file() else ()
-    return Evaluation(folder.name, scores, pictures, read_json(record) if record.is_file() else {})
+    return Evaluation(folder.name, scores, pictures, read_record(folder / "evaluation.json"))
 
 
-def _export(path: Path) -> dict[str, Any]:
-    return {"format": path.parent.name, "verified": None, **read_json(path)}
-
-
-def _stages(path: Path) -> dict[str, float]:
-    if not path.is_file():
-        return {}
-    try:
-        return {name: float(seconds) for name, seconds in read_json(path).items()}
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: expected seconds by stage ({error})") from error
-
-
-def _trained(trace: Path) -> frozenset[str] | None:
-    if not trace.is_file():
-        return None
-    with trace.open(newline="", encoding="utf-8") as handle:
-        return frozenset(key for row in csv.DictReader(handle) for key in (row.get("keys") or "").split())
+def _differences(name: str, first: Any, second: Any) -> list[str]:
+    """A value before and after where they differ; of objects every member that does."""
+    if not (isinstance(first, dict) and isinstance(second, dict)):
+        return [] if first == second else [f"{name} ({first}, then {second})"]
+    return [
+        f"{name} {member} ({first.get(member, 'none')}, then {second.get(member, 'none')})"
+        for member in {**first, **second}
+        if first.get(member) != second.get(member)
+    ]
 
 
 def _text(path: Path) -> str:
@@ -194,19 +204,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__})") from error
-
-
-def _opening(recipe: str) -> tuple[str, str]:
-    """Question and caveat in a recipe's opening comment, up to its first empty line."""
-    match = re.match(r"(?:#[^\n]*\n)+", recipe)
-    question: list[str] = []
-    caveat: list[str] = []
-    for line in match.group().splitlines() if match else []:
-        text = line.lstrip("# ").rstrip()
-        if not text or text.startswith("Launch:"):
-            break
-        (caveat if caveat or text.startswith("Caveat:") else question).append(text.removeprefix("Caveat:").strip())
-    return " ".join(question), " ".join(caveat)
 
 
 def _shown(root: Path) -> str:

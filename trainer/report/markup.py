@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -114,6 +115,8 @@ def measure(value: float | None) -> str:
     """A number of any size: two significant digits, small ones by their power of ten."""
     if value is None:
         return UNKNOWN
+    if not math.isfinite(value):
+        return str(value)
     if value == 0 or 0.001 <= abs(value) < 1e5:
         return f"{value:.2g}" if abs(value) < 100 else f"{value:,.0f}"
     digits, _, power = f"{value:.1e}".partition("e")

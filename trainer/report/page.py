@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from trainer.report.answer import answer, limits
+from trainer.report.answer import answer, limits, scored_unlike
 from trainer.report.charts import MOST_LINES, line_chart, paired_plot
 from trainer.report.data import Evaluation, RunData
 from trainer.report.gate import gate_figure, gate_section
@@ -59,6 +59,8 @@ def render(data: RunData) -> str:
 
 def _header(data: RunData) -> str:
     caveat = f'<div class="aside caveat"><p><b>Caveat.</b> {text(data.caveat)}</p></div>' if data.caveat else ""
+    unlike = scored_unlike(data)
+    warning = f'<div class="aside caveat"><p><b>Not scored alike:</b> {text(unlike)}</p></div>' if unlike else ""
     missing = data.missing()
     lacks = ""
     if missing:
@@ -70,6 +72,7 @@ def _header(data: RunData) -> str:
             f"<h1>{text(data.name)}</h1>",
             paragraph(data.question or "The recipe states no question.", "question"),
             paragraph(answer(data), "answer"),
+            warning,
             paragraph(" ".join(limits(data)), "note"),
             caveat,
             lacks,

@@ -22,6 +22,7 @@ def summarize(data: RunData) -> dict[str, Any]:
         "iou_before": iou.before if iou else _mean(first, "iou"),
         "iou_after": iou.after if iou else _mean(data.after, "iou"),
         "targets": len(data.scores()) or None,
+        "volumes": len({row.volume for row in data.scores()}) or None,
         "dsc_gain_ci95": list(dsc.gain_ci95) if dsc and dsc.gain_ci95 else None,
         "p_value": dsc.p_value if dsc else None,
         "images_per_second": data.images_per_second(),
