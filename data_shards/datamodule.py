@@ -13,6 +13,7 @@ from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
 from data_shards.loader import SampleView, TripletLoader
 from data_shards.sampler import EvenSampler, GlobalOrderSampler
+from data_shards.seed import run_seed
 
 
 class TripletDataModule(LightningDataModule):
@@ -23,10 +24,10 @@ class TripletDataModule(LightningDataModule):
         val: Folder of the validation split; null goes without.
         test: Folder of the test split, also taken by ``predict``.
         batch_size: Images in one optimiser step, over all GPUs. How many passes that takes follows from it.
-        micro_batch_size: Images a GPU takes at once; lower it when memory runs out, nothing else changes.
+        micro_batch_size: Images a GPU takes at once; lower it when memory runs out, a step stays the same.
         targets_per_image: Targets drawn from an image in an epoch; null takes all, encoding the image once for them.
         num_workers: Processes that read and decode; 0 reads in the main process.
-        seed: Seed of the order of samples and of drawn targets.
+        seed: Seed of the order of samples and of drawn targets; that of the run (`seed_everything`) if null.
     """
 
     def __init__(
@@ -38,18 +39,18 @@ class TripletDataModule(LightningDataModule):
         micro_batch_size: int = 1,
         targets_per_image: int | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or micro_batch_size < 1:
             raise UserError(f"batch_size {batch_size} and micro_batch_size {micro_batch_size} must be 1 or more")
         if targets_per_image is not None and targets_per_image < 1:
             raise UserError(f"targets_per_image {targets_per_image}: 1 or more, or null for all")
-        if seed < 0:
-            raise UserError(f"seed {seed}: 0 or more")
+        if num_workers < 0:
+            raise UserError(f"num_workers {num_workers}: 0 or more")
         self.folders = {"train": train, "val": val, "test": test}
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
-        self.targets_per_image, self.num_workers, self.seed = targets_per_image, num_workers, seed
+        self.targets_per_image, self.num_workers, self.seed = targets_per_image, num_workers, run_seed(seed)
         self.shards: dict[str, ShardDataset] = {}
 
     def setup(self, stage: str) -> None:
@@ -62,6 +63,10 @@ class TripletDataModule(LightningDataModule):
         if needed[0] not in self.shards:
             raise UserError(f"`{stage}` needs data.init_args.{needed[0]}: the folder of that split's shards")
         if stage == "fit" and self.trainer is not None:
+            if self.trainer.accumulate_grad_batches != 1:
+                raise UserError("trainer.accumulate_grad_batches follows from data.init_args.batch_size: set that")
+            if self.folders["test"] is not None and not Path(self.folders["test"]).is_dir():
+                raise UserError(f"data.init_args.test: there is no folder {self.folders['test']}; null goes without")
             self._train_sampler()  # batches that do not divide are refused before anything is written
             self.trainer.accumulate_grad_batches = self.accumulation(self.trainer.world_size)
             if "val" not in self.shards:

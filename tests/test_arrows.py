@@ -33,7 +33,7 @@ DATA_LAYERS = (
     ("data_shards.spec",),
     ("data_shards.splits", "data_shards.preprocessing"),
     ("data_shards.readers",),
-    ("data_shards.triplet", "data_shards.schema", "data_shards.vocabulary", "data_shards.progress"),
+    ("data_shards.triplet", "data_shards.schema", "data_shards.vocabulary", "data_shards.progress", "data_shards.seed"),
     ("data_shards.errors",),
     ("data_shards",),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import os
 import re
@@ -34,9 +33,9 @@ from trainer.callbacks import (
     SampleTrace,
     Throughput,
 )
-from trainer.recipe import check_class, check_recipe, dotted_keys
+from trainer.recipe import check_class, check_recipe, dotted_keys, flat, names_something_in
 from trainer.restore import check_fit, find_checkpoint, read_checkpoint
-from trainer.run import Run
+from trainer.run import Run, read_json
 
 EVERY_RUN = (Throughput, SampleTrace, EvaluationRecord, PredictionRecord)
 """Callbacks of every run; a recipe that names one itself sets it up its own way."""
@@ -146,7 +145,7 @@ class RecipeCLI(LightningCLI):
         wanted = config.get("enable_progress_bar") is not False
         config["enable_progress_bar"] = wanted and sys.stdout.isatty()
         named = [*(config.get("callbacks") or []), *callbacks]
-        for kind in EVERY_RUN:
+        for kind in () if config.get("fast_dev_run") else EVERY_RUN:  # a rehearsal leaves nothing
             if not any(isinstance(callback, kind) for callback in named):
                 callbacks.append(kind())
         if wanted and not any(isinstance(callback, ProgressBar) for callback in named):
@@ -161,8 +160,17 @@ class RecipeCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
+        except UserError:
+            self._prune()
+            raise
         except (ValueError, TypeError, MisconfigurationException) as error:
+            self._prune()
             raise UserError(f"recipe {' + '.join(RecipeParser.recipes)}: {explain(str(error), set(), [])}") from error
+
+    def _prune(self) -> None:
+        root = self._get(self.config, "trainer").default_root_dir
+        if root is not None:
+            Run(root).prune()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
@@ -172,6 +180,22 @@ class RecipeCLI(LightningCLI):
         elif subcommand == "fit":
             self._refuse_to_overwrite()
         return arguments
+
+    def _refuse_another_recipe(self, before: Run) -> None:
+        """A checkpoint goes on with its own optimiser and its own place in the epoch: a recipe cannot change them."""
+        if not (before.recipe.is_file() and before.record.is_file()):
+            return
+        config = self.config[self.subcommand]
+        now = flat(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False, format="yaml")))
+        then = flat(yaml.safe_load(before.recipe.read_text()))
+        ranks = read_json(before.record).get("world_size", 1)
+        then["number of ranks"], now["number of ranks"] = ranks, self.trainer.world_size
+        for key in sorted(then.keys() & now.keys()):
+            if fixes_a_training(key) and then[key] != now[key]:
+                raise UserError(
+                    f"cannot go on with another {key}: {then[key]} in {before.recipe}, now {now[key]}; set it back, or "
+                    "start in another trainer.default_root_dir"
+                )
 
     def _refuse_to_overwrite(self) -> None:
         """A training started anew would replace the checkpoints of the one that is there."""
@@ -197,6 +221,7 @@ class RecipeCLI(LightningCLI):
             content = read_checkpoint(path)
             check_fit(self.model, content["state_dict"], path)
             if subcommand == "fit":
+                self._refuse_another_recipe(Run(path.parent.parent))
                 _say(f"going on from {path}, step {content.get('global_step')}")
         return str(path)
 
@@ -212,13 +237,19 @@ class RecipeCLI(LightningCLI):
             if not self.trainer.interrupted:
                 raise
             if subcommand == "fit":
-                _say(f"stopped at step {self.trainer.global_step}; --ckpt_path last goes on from the last checkpoint")
+                last = find_checkpoint("last", Run(self.trainer.default_root_dir))
+                how = "--ckpt_path last goes on from the last checkpoint" if last else "no checkpoint was saved yet"
+                _say(f"stopped at step {self.trainer.global_step}; {how}")
             raise KeyboardInterrupt from done
         except torch.OutOfMemoryError as error:
             size = self.datamodule.micro_batch_size
-            lower = f"lower data.init_args.micro_batch_size (now {size}; results stay the same) or the"
-            raise UserError(f"out of GPU memory: {lower if size > 1 else 'lower the'} model's image_size") from error
-        if self.trainer.is_global_zero:
+            lower = f"lower data.init_args.micro_batch_size (now {size}; a step stays the same) or the"
+            how = f"{lower if size > 1 else 'lower the'} model's image_size, in another trainer.default_root_dir"
+            raise UserError(f"out of GPU memory: {how}") from error
+        except MisconfigurationException as error:
+            Run(self.trainer.default_root_dir).prune()
+            raise UserError(f"{' '.join(str(error).split())}") from error
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             stage = f"evaluate-{'tuned' if checkpoint else 'untouched'}" if subcommand == "test" else subcommand
             seconds = time.perf_counter() - started
             run = Run(self.trainer.default_root_dir)
@@ -227,6 +258,17 @@ class RecipeCLI(LightningCLI):
             left["test"] = f"scores: {run.evaluation('')}"
             if subcommand in left:
                 _say(left[subcommand])
+
+
+def fixes_a_training(key: str) -> bool:
+    """Whether a dotted key may not change between the parts of one training."""
+    name = key.rpartition(".")[2]
+    data = ("batch_size", "micro_batch_size", "targets_per_image", "seed")
+    return (
+        (key.startswith("model.") and name not in ("weights", "weights_sha256"))
+        or (key.startswith("data.init_args.") and name in data)
+        or key in ("number of ranks", "seed_everything", "trainer.precision", "trainer.gradient_clip_val")
+    )
 
 
 def run_lightning(arguments: list[str]) -> int:
@@ -250,19 +292,11 @@ def check_arguments(arguments: list[str]) -> tuple[list[str], str]:
             value = arguments[position + 1]
         if name in ("-c", "--config"):
             openings[value] = check_recipe(value)
-        elif name.startswith("--") and _looks_like_class(value):
+        elif name.startswith("--") and names_something_in(value) and value.rpartition(".")[2][0].isupper():
             check_class(value, {}, name)
         elif name.startswith("--"):
             _check_override(name, list(openings))
     return list(openings), next(iter(openings.values()), "")
-
-
-def _looks_like_class(value: str) -> bool:
-    """Whether a value is the dotted path of something in a package that there is, and no file name."""
-    if not re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Z]\w*", value) or Path(value).exists():
-        return False
-    package = importlib.util.find_spec(value.partition(".")[0])
-    return package is not None and package.origin is not None  # a folder that happens to lie here has none
 
 
 def _check_override(name: str, recipes: list[str]) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data_shards.errors import UserError
+from data_shards.seed import run_seed
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,17 @@ class BoxPrompts:
             to `max_shift` is drawn for each side. MedSAM draws up to 20 px at 1024 px (Ma et al. 2024, Methods),
             LiteMedSAM up to 5 px at 256 px.
         eval_shift: Outward shift of every side in evaluation, in the same pixels.
-        seed: Seed of the shifts.
+        seed: Seed of the shifts; that of the run (`seed_everything`) if null.
     """
 
-    def __init__(self, max_shift: int = 5, eval_shift: int = 0, seed: int = 0) -> None:
+    def __init__(self, max_shift: int = 5, eval_shift: int = 0, seed: int | None = None) -> None:
         if max_shift < 0 or eval_shift < 0:
             raise UserError(f"max_shift and eval_shift are pixels >= 0, not {max_shift} and {eval_shift}")
-        if seed < 0:
-            raise UserError(f"seed is 0 or more, not {seed}")
-        self.max_shift, self.eval_shift, self.seed = max_shift, eval_shift, seed
+        self.max_shift, self.eval_shift, self.seed = max_shift, eval_shift, run_seed(seed)
+
+    def describe(self) -> dict[str, Any]:
+        """What an evaluation asks, as JSON."""
+        return {"kind": type(self).__name__, "eval_shift": self.eval_shift}
 
     def __call__(
         self, boxes: Tensor, sizes: Tensor, identities: Sequence[tuple[int, int]], epoch: int | None

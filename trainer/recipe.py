@@ -6,6 +6,7 @@ A recipe may name classes only from allowed packages: whoever sends a recipe doe
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -59,7 +60,36 @@ def check_recipe(path: str | Path) -> str:
         raise UserError(f"recipe {path}: expected keys such as model, data and trainer")
     for key, node in _classes(content):
         check_class(str(node["class_path"]), node.get("init_args") or {}, f"recipe {path}: {key}")
+    for key, value in flat(content).items():
+        if isinstance(value, str) and not key.endswith("class_path"):
+            _check_string(value, key, f"recipe {path}: {key}")
     return _opening(text)
+
+
+def _check_string(value: str, key: str, where: str) -> None:
+    """Refuse what the parser would import, or read as a part of the recipe: it takes both where it wants an object."""
+    if key.rpartition(".")[2] in ("weights", "ckpt_path"):
+        return
+    if Path(value).is_file():
+        raise UserError(f"{where}: a recipe is one file; write here what is in {value}, or give it with -c")
+    package = names_something_in(value)
+    if package is not None and package not in ALLOWED_PACKAGES:
+        raise UserError(
+            f"{where}: '{value}' is outside the allowed packages ({', '.join(ALLOWED_PACKAGES)}); "
+            "a recipe runs no other code"
+        )
+
+
+def names_something_in(value: str) -> str | None:
+    """The package that a value names something in by dotted path; None if there is none. Nothing is imported."""
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value) or Path(value).exists():
+        return None
+    package = value.partition(".")[0]
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    return package if spec is not None and spec.origin is not None else None  # a mere folder has no origin
 
 
 def check_class(class_path: str, arguments: Mapping[str, Any], where: str) -> None:
@@ -103,6 +133,20 @@ def nearest_class(class_path: str) -> str:
         if by_name.endswith(f"'{name}'?"):
             return f"; did you mean '{full}'?"
     return f"; known: {', '.join(sorted(known))}"
+
+
+def flat(node: Any, key: str = "") -> dict[str, Any]:
+    """Every value of a recipe by its dotted key; lists are numbered."""
+    if isinstance(node, Mapping):
+        items: list[tuple[str, Any]] = [(str(name), child) for name, child in node.items()]
+    elif isinstance(node, list):
+        items = [(str(number), child) for number, child in enumerate(node)]
+    else:
+        return {key: node}
+    found: dict[str, Any] = {}
+    for name, child in items:
+        found |= flat(child, f"{key}.{name}" if key else name)
+    return found
 
 
 def dotted_keys(node: Any, key: str = "") -> Iterator[str]:

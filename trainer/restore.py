@@ -86,11 +86,13 @@ def find_checkpoint(name: str, run: Run) -> Path | None:
     if name == "last":
         return last if last.exists() else None
     if name == "best":
-        states = read_checkpoint(run.last_checkpoint()).get("callbacks", {})
-        best = [state["best_model_path"] for state in states.values() if state.get("monitor")]
-        if not best or not Path(best[0]).exists():
-            raise UserError(f"{run.root}: no best checkpoint; it needs checkpoint.monitor in the recipe of the fit")
-        return Path(best[0])
+        kept = sorted(run.checkpoints.glob("best-*.ckpt"))
+        if not kept:
+            raise UserError(f"{run.root}: no best checkpoint; it needs checkpoint.monitor and a validation in the fit")
+        # the newest of them knows which was the best when it was saved, and it would not be there were it worse since
+        states = read_checkpoint(kept[-1]).get("callbacks", {}).values()
+        named = {Path(state["best_model_path"]).name for state in states if state.get("best_model_path")}
+        return next((path for path in kept if path.name in named), kept[-1])
     if not Path(name).exists():
         raise UserError(f"checkpoint {name}: no such file; --ckpt_path takes last, best or a path")
     return Path(name)

@@ -97,7 +97,9 @@ def opening(text: str) -> tuple[str, str]:
         content = line.lstrip("# ").rstrip()
         if not content or content.startswith("Launch:"):
             break
-        (caveat if caveat or content.startswith("Caveat:") else question).append(content.removeprefix("Caveat:").strip())
+        (caveat if caveat or content.startswith("Caveat:") else question).append(
+            content.removeprefix("Caveat:").strip()
+        )
     return " ".join(question), " ".join(caveat)
 
 

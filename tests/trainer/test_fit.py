@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,12 @@ import torch
 import yaml
 from pycocotools import mask as coco_mask
 
+from data_shards.datamodule import TripletDataModule
 from data_shards.dataset import ShardDataset
+from trainer.modules.medsam import per_image_mean
+from trainer.prompts import BoxPrompts
 from trainer.restore import restore
-from trainer.run import Run
+from trainer.run import Run, read_json
 from trainer.scores import read_scores
 
 REPOSITORY = Path(__file__).parents[2]
@@ -56,7 +60,7 @@ def test_every_step_sees_a_whole_batch_and_an_epoch_every_sample_once(tiny_run, 
     first_epoch = " ".join(keys for (epoch, _), (_, _, keys) in trace.items() if epoch == 0).split()
     index = ShardDataset(tiny_shards / "train").index
     assert sorted(first_epoch) == sorted(index.key(i) for i in range(12))
-    assert [step for step, _, _ in trace.values()] == ["0", "1", "1", "2", "2", "3", "3", "4"]
+    assert [step for step, _, _ in trace.values()] == ["0", "0", "1", "1", "2", "2", "3", "3"]
 
 
 def test_evaluations_score_every_target_and_training_changes_them(tiny_run, tiny_shards):
@@ -272,6 +276,77 @@ def test_ctrl_c_says_how_to_go_on(tiny_recipe, trainer_process, trainer_command,
     assert "Traceback" not in shown
     done = torch.load(last, weights_only=True)["global_step"]
     assert trainer_command(*small, "--trainer.max_steps", done + 1, "--ckpt_path", "last")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.init_args.lr", 1e-5),
+        ("model.init_args.tuning.init_args.layer_decay", 0.5),
+        ("data.init_args.micro_batch_size", 1),
+        ("data.init_args.batch_size", 2),
+        ("seed_everything", 7),
+    ],
+)
+def test_a_training_does_not_go_on_with_another_recipe(key, value, tiny_run, tiny_recipe, trainer_command, tmp_path):
+    """The checkpoint has its own optimiser and place in the epoch: the change would be recorded and have no effect."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    recorded = (tmp_path / "run/recipe.yaml").read_text()
+    more = ("--trainer.max_steps", 5, "--ckpt_path", "last")
+    code, _, err = trainer_command("fit", "-c", tiny_recipe, *more, f"--{key}", value)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert f"cannot go on with another {key}" in err
+    assert (tmp_path / "run/recipe.yaml").read_text() == recorded
+
+
+def test_the_recipe_of_a_resumed_run_names_no_checkpoint(tiny_run, tiny_recipe, trainer_command, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    assert trainer_command("fit", "-c", tiny_recipe, "--trainer.max_steps", 5, "--ckpt_path", "last")[0] == 0
+    assert yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["ckpt_path"] is None
+    assert read_json(tmp_path / "run/run.json")["question"] == "Does it run?"
+
+
+def test_a_rehearsal_leaves_no_training_behind(tiny_recipe, trainer_command, tmp_path):
+    small = ("-c", tiny_recipe, "--model.init_args.model.init_args.image_size", 32)
+    for command in ("fit", "test"):
+        assert trainer_command(command, *small, "--trainer.fast_dev_run", "true")[0] == 0
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert trainer_command("fit", *small, "--trainer.max_steps", 1)[0] == 0
+
+
+def test_a_part_of_an_evaluation_does_not_pass_for_the_whole(tiny_recipe, trainer_command, tmp_path):
+    assert trainer_command("test", "-c", tiny_recipe, "--trainer.limit_test_batches", 2)[0] == 0
+    assert [folder.name for folder in (tmp_path / "run/evaluation").iterdir()] == ["untouched-partial"]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tiny_recipe, trainer_command, tmp_path):
+    code, _, err = trainer_command("fit", "-c", tiny_recipe, "--model.init_args.lr", 1e12)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the loss is nan at step" in err
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    state = torch.load(last, weights_only=True)["state_dict"] if last.exists() else {}
+    assert all(torch.isfinite(tensor).all() for name, tensor in state.items() if tensor.is_floating_point())
+
+
+def test_seeds_of_a_run_give_other_orders_and_boxes(tiny_recipe, tiny_shards, monkeypatch):
+    orders = []
+    for seed in (1, 2):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        data, prompts = TripletDataModule(train=str(tiny_shards / "train")), BoxPrompts(max_shift=9)
+        data.setup("fit")
+        keys = [batch.keys[0] for batch in data.train_dataloader()]
+        boxes = prompts(torch.full((1, 4), 20.0), torch.full((1, 2), 64), [(0, 0)], epoch=0)
+        orders.append((keys, boxes.tolist()))
+    assert orders[0][0] != orders[1][0]
+    assert orders[0][1] != orders[1][1]
+
+
+def test_several_targets_weigh_the_same_however_a_step_is_cut():
+    values, image = torch.tensor([1.0, 2.0, 3.0, 10.0]), torch.tensor([0, 0, 0, 1])
+    whole = per_image_mean(values, image)
+    parts = [per_image_mean(values[:3], image[:3]), per_image_mean(values[3:], image[3:])]
+    assert whole == pytest.approx(6.0)
+    assert sum(parts) / 2 == pytest.approx(float(whole))
 
 
 def test_resuming_on_other_data_is_refused(tiny_recipe, trainer_command, tmp_path, tiny_shards):

@@ -181,3 +181,14 @@ def test_padding_does_not_reach_the_native_mask():
 
 def test_it_travels_as_json():
     assert Preprocessing(**json.loads(json.dumps(SQUASH.to_dict()))) == SQUASH
+
+
+def test_a_target_between_the_sampled_pixels_is_not_lost():
+    mask = torch.zeros(512, 512, dtype=torch.uint8)
+    masks = []
+    for row, column in ((7, 9), (100, 301), (511, 0)):
+        masks.append(mask.clone())
+        masks[-1][row, column] = 1
+    resized = Preprocessing(image_size=128).masks(masks)
+    assert resized.flatten(1).sum(1).tolist() == [1, 1, 1]
+    assert [tuple(where[0].tolist()) for where in (m.nonzero() for m in resized)] == [(1, 2), (25, 75), (127, 0)]

@@ -98,6 +98,27 @@ def test_classes_from_elsewhere_are_refused_before_they_are_imported(tmp_path, c
     assert "model.init_args.model" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "trainer: {callbacks: [evil.Callback]}\n",
+        "trainer: {callbacks: evil.Callback}\n",
+        "model: {init_args: {loss: evil.Loss}}\n",
+        "callbacks: {class_path: lightning.pytorch.callbacks.LambdaCallback, init_args: {setup: evil.hook}}\n",
+        "trainer: FILE\n",
+        "trainer: {callbacks: FILE}\n",
+        "model: {init_args: {loss: FILE}}\n",
+    ],
+)
+def test_nothing_is_imported_by_another_door(tmp_path, content, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')\n")
+    part = write(tmp_path / "part.txt", "class_path: evil.Callback\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = write(tmp_path / "r.yaml", content.replace("FILE", str(part)))
+    with pytest.raises(UserError, match=r"outside the allowed packages|a recipe is one file"):
+        check_recipe(recipe)
+
+
 def test_a_function_is_no_class(tmp_path):
     with pytest.raises(UserError, match=r"there is no class 'torch\.load'"):
         check_recipe(write(tmp_path / "r.yaml", "model: {class_path: torch.load}\n"))

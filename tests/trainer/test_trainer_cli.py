@@ -110,6 +110,20 @@ TYPOS = {
         "wrong checksum",
         "fetch it again",
     ),
+    "negative rate": (lambda c: c["model"]["init_args"].update(lr=-1.0), "lr -1.0 is above 0", "0 or more"),
+    "accumulation": (
+        lambda c: c["trainer"].update(accumulate_grad_batches=3),
+        "trainer.accumulate_grad_batches follows from",
+        "batch_size",
+    ),
+    "test split": (lambda c: c["data"]["init_args"].update(test="/nowhere"), "data.init_args.test", "/nowhere"),
+    "workers": (lambda c: c["data"]["init_args"].update(num_workers=-1), "num_workers -1", "0 or more"),
+    "monitor without validation": (
+        lambda c: c["checkpoint"].update(monitor="val/dsc"),
+        "checkpoint.monitor val/dsc needs a validation split",
+        "data.init_args.val",
+    ),
+    "precision": (lambda c: c["trainer"].update(precision="bf16-true"), "bf16-true is not supported", "bf16-mixed"),
     "shards": (lambda c: c["data"]["init_args"].update(train="/nowhere/train"), "/nowhere/train", ""),
 }
 

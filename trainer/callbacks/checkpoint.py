@@ -48,6 +48,17 @@ class RunCheckpoint(ModelCheckpoint):
         self.every_n_steps = every_n_steps
         self._saved_step = -1
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse to wait for a metric that never comes.
+
+        Raises:
+            UserError: A validation metric is monitored and nothing is validated.
+        """
+        super().setup(trainer, pl_module, stage)
+        monitored = (self.monitor or "").startswith("val/")
+        if stage == "fit" and monitored and not trainer.limit_val_batches and not trainer.fast_dev_run:
+            raise UserError(f"checkpoint.monitor {self.monitor} needs a validation split: give data.init_args.val")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where the run starts: that step needs no saving."""
         super().on_train_start(trainer, pl_module)
@@ -65,7 +76,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._save_last(trainer)
 
     def _save_last(self, trainer: Trainer) -> None:
-        if trainer.global_step != self._saved_step:
+        if trainer.global_step != self._saved_step and not trainer.fast_dev_run:
             assert self.dirpath is not None
             trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", weights_only=False)  # the optimiser too
             self._saved_step = trainer.global_step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data_shards.batch import TripletBatch
+from data_shards.errors import UserError
 from trainer.callbacks.record import describe_data
 from trainer.modules.medsam import MedSAMModule, Prediction
 from trainer.report.panels import save_panels
@@ -29,6 +31,10 @@ class EvaluationRecord(Callback):
     """
 
     def __init__(self, name: str | None = None, panels: int = 16) -> None:
+        if name is not None and not re.fullmatch(r"[\w-]+", name):
+            raise UserError(f"an evaluation's name has letters, digits, - and _, not '{name}'")
+        if panels < 0:
+            raise UserError(f"panels is 0 or more, not {panels}")
         self.name, self.panels = name, panels
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,10 +66,12 @@ class EvaluationRecord(Callback):
         if not trainer.is_global_zero:
             return
         name = self.name or ("tuned" if trainer.ckpt_path else "untouched")
+        if trainer.num_test_batches[0] < len(trainer.test_dataloaders):
+            name += "-partial"  # limit_test_batches: never in the place of a whole one
         folder = Run(trainer.default_root_dir).evaluation(name)
         folder.mkdir(parents=True, exist_ok=True)
         write_scores(folder / "per_case.csv", scores)
-        write_json(folder / "evaluation.json", describe_evaluation(trainer, name, scores))
+        write_json(folder / "evaluation.json", describe_evaluation(trainer, pl_module, name, scores))
         if kept:
             columns = {column: [item[column] for item in kept] for column in kept[0]}
             save_panels(folder / "panels.npz", **columns)
@@ -77,7 +85,7 @@ class EvaluationRecord(Callback):
         return [merged[place] for place in sorted(merged)]
 
 
-def describe_evaluation(trainer: Trainer, name: str, scores: list[CaseScore]) -> dict[str, Any]:
+def describe_evaluation(trainer: Trainer, module: MedSAMModule, name: str, scores: list[CaseScore]) -> dict[str, Any]:
     """What was scored, on what data."""
     checkpoint = trainer.ckpt_path
     step: int | None = 0
@@ -89,6 +97,9 @@ def describe_evaluation(trainer: Trainer, name: str, scores: list[CaseScore]) ->
         "step": step,
         "data": describe_data(trainer.datamodule),
         "targets": len(scores),
+        "preprocessing": module.model.preprocessing.to_dict(),
+        "prompts": module.prompts.describe(),
+        "precision": str(trainer.precision),
     }
 
 

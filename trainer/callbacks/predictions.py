@@ -21,6 +21,10 @@ class PredictionRecord(Callback):
         """Open the file."""
         folder = Run(trainer.default_root_dir).root / "predictions"
         folder.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero:  # what a run on more ranks left
+            for stale in folder.glob("rank-*.jsonl"):
+                if int(stale.stem.removeprefix("rank-")) >= trainer.world_size:
+                    stale.unlink()
         self._path = folder / f"rank-{trainer.global_rank}.jsonl"
         self._handle: TextIO = self._path.with_suffix(".tmp").open("w")
 
@@ -28,7 +32,9 @@ class PredictionRecord(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Prediction, batch: TripletBatch, batch_idx: int
     ) -> None:
         """Write the batch's targets."""
-        for q, (_, target) in enumerate(batch.identities):
+        for q, (position, target) in enumerate(batch.identities):
+            if position % trainer.world_size != trainer.global_rank:
+                continue  # repeated to make the ranks even
             self._handle.write(json.dumps(self._line(outputs, batch, q, target)) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -27,6 +27,17 @@ class RunRecord(SaveConfigCallback):
         super().__init__(*args, **{**kwargs, "overwrite": True, "save_to_log_dir": False})
         self.opening_comment = opening_comment
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait: whatever else is set up may still refuse the recipe."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the files of a fit."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the files of a run that begins with an evaluation."""
+        super().setup(trainer, pl_module, "test")
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write both files; an evaluation leaves those of the fit alone."""
         run = Run(trainer.default_root_dir)

@@ -35,7 +35,7 @@ class Throughput(Callback):
     ) -> None:
         """Count images; log at a step that is logged anyway, so that the device is not waited for more often."""
         self._images += len(batch) * trainer.world_size
-        if trainer.global_step == self._step or trainer.global_step % trainer.log_every_n_steps:
+        if trainer.global_step == self._step or trainer.global_step % max(1, trainer.log_every_n_steps):
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()

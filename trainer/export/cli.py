@@ -13,7 +13,7 @@ from data_shards.errors import CommandParser, UserError, nearest
 from trainer.export import EXPORTERS, Exporter
 from trainer.export.gate import TOLERANCE, Verdict, compare, real_samples, require_consumer
 from trainer.models.weights import sha256_of
-from trainer.restore import recipe_of, restore
+from trainer.restore import find_checkpoint, recipe_of, restore
 from trainer.run import Run, write_json
 
 DESCRIPTION = """\
@@ -43,7 +43,8 @@ def export_command(arguments: list[str]) -> int:
         raise UserError(f"--out {out}: a file for '{exporter.name}' ends in {exporter.suffix}")
     if values.samples < 1:
         raise UserError(f"--samples {values.samples}: the gate needs 1 image or more")
-    record = export(run, exporter, out, values.checkpoint, values.images, values.samples, values.unverified)
+    checkpoint = find_checkpoint(values.checkpoint, run) if values.checkpoint else None
+    record = export(run, exporter, out, checkpoint, values.images, values.samples, values.unverified)
     _print(record)
     run.add_stage("export", time.perf_counter() - started)
     return 0
@@ -112,7 +113,7 @@ def _parser() -> CommandParser:
     parser.add_argument("run", metavar="RUN", help="the run's folder (trainer.default_root_dir of its recipe)")
     parser.add_argument("--to", required=True, metavar="FORMAT", help=f"one of: {', '.join(EXPORTERS)}")
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write; its folder is made")
-    parser.add_argument("--checkpoint", type=Path, metavar="CKPT", help="default: the run's checkpoints/last.ckpt")
+    parser.add_argument("--checkpoint", metavar="CKPT", help="last, best or a path (default: last)")
     parser.add_argument("--images", metavar="FOLDER", help="shards for the gate (default: the run's test split)")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="images for the gate (default: 8)")
     parser.add_argument("--unverified", action="store_true", help="write without the gate; the record says so")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,10 +80,10 @@ def real_samples(folder: str | None, count: int) -> list[TripletBatch]:
         where = f"{folder} is missing" if folder else "the run's recipe names no test split"
         raise UserError(f"the gate needs real images and {where}: give --images FOLDER, a split of verified shards")
     shards = ShardDataset(Path(folder))
-    count = min(count, len(shards))
-    positions = [round(step * (len(shards) - 1) / max(1, count - 1)) for step in range(count)]
-    triplets = [(position, shards[position]) for position in positions]
-    samples = [collate([Sample(position, t, tuple(range(len(t.targets))))]) for position, t in triplets if t.targets]
+    useful = np.flatnonzero(np.diff(shards.index.target_start))
+    chosen = useful[np.linspace(0, len(useful) - 1, min(count, len(useful))).round().astype(int)].tolist()
+    triplets = [(position, shards[position]) for position in chosen]
+    samples = [collate([Sample(position, t, tuple(range(len(t.targets))))]) for position, t in triplets]
     if not samples:
         raise UserError(f"the gate needs images with targets and found none in {folder}: give --images FOLDER")
     return samples

@@ -111,7 +111,7 @@ class LiteMedSAM(SegmentationModel):
         self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
         # a buffer in the original, a parameter in transformers: it must never learn
         self.prompt_encoder.shared_embedding.positional_embedding.requires_grad_(False)
-        if weights is not None:
+        if weights not in (None, "null", "None"):  # the command line has no other way to say null
             load_strictly(self, from_original(read_weights(weights, weights_sha256)), weights)
         self.train()  # a module is born in training mode without this being called: batch-norm would not be frozen
 

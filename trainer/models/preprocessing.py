@@ -69,7 +69,13 @@ class Preprocessing:
 
         def prepare(stack: Tensor) -> Tensor:
             size = self.input_size(*stack.shape[-2:])
-            return self._pad(F.interpolate((stack[:, None] != 0).float(), size, mode="nearest-exact"))[:, 0]
+            native = (stack[:, None] != 0).float()
+            resized = F.interpolate(native, size, mode="nearest-exact")
+            # a target between the sampled pixels would be gone, and its box be trained to hold nothing
+            lost = (resized.flatten(1).amax(1) == 0) & (native.flatten(1).amax(1) > 0)
+            if lost.any():
+                resized[lost] = F.adaptive_max_pool2d(native[lost], size)
+            return self._pad(resized)[:, 0]
 
         return _by_size([mask.to(device) for mask in masks], prepare)
 

@@ -39,6 +39,13 @@ class Prediction:
     boxes: Tensor
 
 
+def per_image_mean(values: Tensor, image_index: Tensor) -> Tensor:
+    """Average values (Q,) over the targets of each image, then over the images that have any; a scalar."""
+    _, image, counts = image_index.unique(return_inverse=True, return_counts=True)
+    weights = 1 / (counts[image] * len(counts))
+    return (values * weights.to(values)).sum()
+
+
 class MedSAMModule(LightningModule):
     """Trains a box-prompted model: every image is encoded once and all its targets are decoded from that.
 
@@ -67,6 +74,11 @@ class MedSAMModule(LightningModule):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
+        if lr <= 0 or weight_decay < 0 or warmup_steps < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise UserError(
+                f"lr {lr} is above 0, weight_decay {weight_decay} and warmup_steps {warmup_steps} are 0 or more, "
+                f"betas {betas} in [0, 1)"
+            )
         self.model = model
         self.tuning = tuning or FullTuning()
         self.prompts = prompts or BoxPrompts()
@@ -83,8 +95,18 @@ class MedSAMModule(LightningModule):
         """Refuse training data that a box-prompted model cannot learn from.
 
         Raises:
-            UserError: Samples without a target.
+            UserError: Samples without a target, a precision that is not supported, or a schedule without an end.
         """
+        precision = str(self.trainer.precision)
+        if precision.endswith("-true") and precision != "32-true":
+            raise UserError(f"trainer.precision {precision} is not supported: take bf16-mixed or 32-true")
+        if (
+            stage == "fit"
+            and self.schedule == "cosine"
+            and self.trainer.max_steps < 0
+            and self.trainer.max_epochs == -1
+        ):
+            raise UserError("schedule cosine needs to know the end: set trainer.max_steps or trainer.max_epochs")
         datamodule = self.trainer.datamodule
         empty = datamodule.without_targets("train") if stage == "fit" and datamodule is not None else 0
         if empty:
@@ -112,12 +134,12 @@ class MedSAMModule(LightningModule):
         return logits[:, 0], scores[:, 0], boxes
 
     def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
-        """Mean loss over the batch's targets."""
+        """Loss averaged over each image's targets, then over images: the same however a step is cut into batches."""
         logits, _, _ = self(batch, epoch=self.current_epoch)
         side = self.model.preprocessing.image_size
         logits = resize_logits(logits, (side, side))
         truths = self.model.preprocessing.masks(batch.masks, self.device)
-        losses = {name: value.mean() for name, value in self.loss(logits, truths).items()}
+        losses = {name: per_image_mean(value, batch.image_index) for name, value in self.loss(logits, truths).items()}
         with torch.no_grad():
             dsc, _ = overlap(logits > 0, truths)
         shown = {f"train/{name}": value.detach() for name, value in losses.items()} | {"train/dsc": dsc.mean()}
@@ -182,7 +204,13 @@ class MedSAMModule(LightningModule):
         self._log_means("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log mean DSC and IoU over all ranks' targets."""
+        """Log mean DSC and IoU over all ranks' targets.
+
+        Raises:
+            UserError: There was none.
+        """
+        if not self.gathered_scores():
+            raise UserError("data.init_args.test: no target was scored; the split holds none, or was limited to none")
         self._log_means("test")
 
     def gathered_scores(self) -> list[CaseScore]:
