@@ -19,7 +19,7 @@ TRAINER_LAYERS = (
     ("trainer.modules",),
     ("trainer.tuning",),
     ("trainer.models",),
-    ("trainer.losses", "trainer.metrics", "trainer.prompts", "trainer.report", "trainer.recipe"),
+    ("trainer.losses", "trainer.metrics", "trainer.prompts", "trainer.ranks", "trainer.report", "trainer.recipe"),
     ("trainer.run", "trainer.scores"),
     ("trainer",),
 )

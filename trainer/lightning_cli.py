@@ -168,9 +168,7 @@ class RecipeCLI(LightningCLI):
             raise UserError(f"recipe {' + '.join(RecipeParser.recipes)}: {explain(str(error), set(), [])}") from error
 
     def _prune(self) -> None:
-        root = self._get(self.config, "trainer").default_root_dir
-        if root is not None:
-            Run(root).prune()
+        Run(self._get(self.config, "trainer").default_root_dir or ".").prune()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
@@ -231,7 +229,7 @@ class RecipeCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except UserError:
-            Run(self.trainer.default_root_dir).prune()
+            self._prune()
             raise
         except SystemExit as done:  # so Lightning ends after Ctrl-C, and says nothing of how to go on
             if not self.trainer.interrupted:
@@ -247,8 +245,8 @@ class RecipeCLI(LightningCLI):
             how = f"{lower if size > 1 else 'lower the'} model's image_size, in another trainer.default_root_dir"
             raise UserError(f"out of GPU memory: {how}") from error
         except MisconfigurationException as error:
-            Run(self.trainer.default_root_dir).prune()
-            raise UserError(f"{' '.join(str(error).split())}") from error
+            self._prune()
+            raise UserError(str(error)) from error
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             stage = f"evaluate-{'tuned' if checkpoint else 'untouched'}" if subcommand == "test" else subcommand
             seconds = time.perf_counter() - started

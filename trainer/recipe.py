@@ -73,10 +73,14 @@ def _check_string(value: str, key: str, where: str) -> None:
     if Path(value).is_file():
         raise UserError(f"{where}: a recipe is one file; write here what is in {value}, or give it with -c")
     package = names_something_in(value)
-    if package is not None and package not in ALLOWED_PACKAGES:
+    if package is not None:
+        _check_package(package, f"{where}: '{value}'")
+
+
+def _check_package(package: str, what: str) -> None:
+    if package not in ALLOWED_PACKAGES:
         raise UserError(
-            f"{where}: '{value}' is outside the allowed packages ({', '.join(ALLOWED_PACKAGES)}); "
-            "a recipe runs no other code"
+            f"{what} is outside the allowed packages ({', '.join(ALLOWED_PACKAGES)}); a recipe runs no other code"
         )
 
 
@@ -107,11 +111,7 @@ def check_class(class_path: str, arguments: Mapping[str, Any], where: str) -> No
     module_name, _, name = class_path.rpartition(".")
     if not module_name:
         raise UserError(f"{where}: class '{class_path}' needs its full dotted path{nearest_class(class_path)}")
-    if package not in ALLOWED_PACKAGES:
-        raise UserError(
-            f"{where}: class '{class_path}' is outside the allowed packages ({', '.join(ALLOWED_PACKAGES)}); "
-            "a recipe runs no other code"
-        )
+    _check_package(package, f"{where}: class '{class_path}'")
     found = _find(module_name, name)
     if found is None:
         raise UserError(f"{where}: there is no class '{class_path}'{nearest_class(class_path)}")

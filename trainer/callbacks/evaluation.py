@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
 from trainer.callbacks.record import describe_data
 from trainer.modules.medsam import MedSAMModule, Prediction
+from trainer.ranks import every_rank
 from trainer.report.panels import save_panels
 from trainer.restore import read_checkpoint
 from trainer.run import Run, write_json
@@ -77,11 +77,7 @@ class EvaluationRecord(Callback):
             save_panels(folder / "panels.npz", **columns)
 
     def _gather(self) -> list[dict[str, Any]]:
-        parts = [self._kept]
-        if torch.distributed.is_initialized():
-            parts = [{} for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather_object(parts, self._kept)
-        merged = {place: item for part in parts for place, item in part.items()}
+        merged = {place: item for part in every_rank(self._kept) for place, item in part.items()}
         return [merged[place] for place in sorted(merged)]
 
 

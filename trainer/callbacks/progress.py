@@ -35,6 +35,13 @@ class TrainingClock:
         seconds = int(rate * max(0, total - trainer.global_step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
+    def status(self, trainer: Trainer) -> str:
+        """Loss, DSC and speed as last logged, and the time left."""
+        names = {"loss": "train/loss", "dsc": "train/dsc", "val dsc": "val/dsc", "images/s": "train/images_per_second"}
+        logged = trainer.callback_metrics
+        shown = [f"{short} {float(logged[name]):.3g}" for short, name in names.items() if name in logged]
+        return "  ".join([*shown, f"left {self.left(trainer)}"])
+
 
 class RunBar(ProgressBar):
     """A bar over the whole run's optimiser steps with loss, DSC, images/s and the time left; over batches elsewhere.
@@ -44,6 +51,7 @@ class RunBar(ProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
+        self._enabled = True
         self._clock = TrainingClock()
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -55,8 +63,6 @@ class RunBar(ProgressBar):
     def enable(self) -> None:
         """Show the bar."""
         self._enabled = True
-
-    _enabled = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Only the first rank shows anything."""
@@ -79,8 +85,7 @@ class RunBar(ProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Move on by whole optimiser steps."""
-        shown = "  ".join(f"{name} {value}" for name, value in shown_metrics(trainer).items())
-        self._move("train", trainer.global_step, f"{shown}  left {self._clock.left(trainer)}")
+        self._move("train", trainer.global_step, self._clock.status(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a bar below that of the training."""
@@ -170,8 +175,7 @@ class ProgressLines(Callback):
         if not trainer.is_global_zero or not (done or time.perf_counter() - self._last > self.seconds):
             return
         self._last = time.perf_counter()
-        shown = "  ".join(f"{name} {value}" for name, value in shown_metrics(trainer).items())
-        print(f"step {trainer.global_step}/{total or '?'}  {shown}  left {self._clock.left(trainer)}", flush=True)
+        print(f"step {trainer.global_step}/{total or '?'}  {self._clock.status(trainer)}", flush=True)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -184,13 +188,6 @@ class ProgressLines(Callback):
         if trainer.is_global_zero and time.perf_counter() - self._last > self.seconds:
             self._last = time.perf_counter()
             print(f"evaluated {batch_idx + 1}/{trainer.num_test_batches[0]} batches", flush=True)
-
-
-def shown_metrics(trainer: Trainer) -> dict[str, str]:
-    """Loss, DSC and speed as last logged, as text."""
-    names = {"loss": "train/loss", "dsc": "train/dsc", "val dsc": "val/dsc", "images/s": "train/images_per_second"}
-    logged = trainer.callback_metrics
-    return {short: f"{float(logged[name]):.3g}" for short, name in names.items() if name in logged}
 
 
 def _batches(counts: Any) -> int | None:

@@ -19,6 +19,7 @@ from trainer.metrics import overlap
 from trainer.models import SegmentationModel
 from trainer.modules.optimization import Schedule, adamw
 from trainer.prompts import BoxPrompts, Prompts
+from trainer.ranks import every_rank
 from trainer.scores import CaseScore
 from trainer.tuning import FullTuning, Tuning
 from trainer.tuning.base import freeze
@@ -201,7 +202,7 @@ class MedSAMModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log mean DSC and IoU over all ranks' targets."""
-        self._log_means("val")
+        self._log_means("val", self.gathered_scores())
 
     def on_test_epoch_end(self) -> None:
         """Log mean DSC and IoU over all ranks' targets.
@@ -209,17 +210,14 @@ class MedSAMModule(LightningModule):
         Raises:
             UserError: There was none.
         """
-        if not self.gathered_scores():
+        scores = self.gathered_scores()
+        if not scores:
             raise UserError("data.init_args.test: no target was scored; the split holds none, or was limited to none")
-        self._log_means("test")
+        self._log_means("test", scores)
 
     def gathered_scores(self) -> list[CaseScore]:
         """Every rank's rows in corpus order, each target once."""
-        parts = [self.scores]
-        if torch.distributed.is_initialized():
-            parts = [[] for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather_object(parts, self.scores)
-        rows = {(position, score.target): score for part in parts for position, score in part}
+        rows = {(position, score.target): score for part in every_rank(self.scores) for position, score in part}
         return [rows[place] for place in sorted(rows)]
 
     def configure_optimizers(self) -> Any:
@@ -239,8 +237,7 @@ class MedSAMModule(LightningModule):
         steps = trainer.datamodule.steps_per_epoch
         return (trainer.max_epochs or 1) * steps
 
-    def _log_means(self, stage: str) -> None:
-        scores = self.gathered_scores()
+    def _log_means(self, stage: str, scores: list[CaseScore]) -> None:
         if scores:
             means = {
                 f"{stage}/dsc": sum(score.dsc for score in scores) / len(scores),

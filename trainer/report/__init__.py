@@ -6,13 +6,20 @@ Nothing here needs torch: a report is made from the run's files, on any machine.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.run import Run, write_json
 
+if TYPE_CHECKING:
+    from trainer.report.data import RunData
 
-def write_report(run: Run) -> Path:
+
+def write_report(run: Run, data: RunData | None = None) -> Path:
     """Write ``report.html`` into a run, whole or not at all.
+
+    Args:
+        run: The run.
+        data: What its folder holds, if it has been read already.
 
     Returns:
         The page: one file that needs nothing else.
@@ -25,13 +32,17 @@ def write_report(run: Run) -> Path:
 
     path = run.root / "report.html"
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(render(read_run(run)), encoding="utf-8")
+    temporary.write_text(render(data or read_run(run)), encoding="utf-8")
     temporary.replace(path)
     return path
 
 
-def write_summary(run: Run) -> dict[str, Any]:
+def write_summary(run: Run, data: RunData | None = None) -> dict[str, Any]:
     """Write ``summary.json`` into a run.
+
+    Args:
+        run: The run.
+        data: What its folder holds, if it has been read already.
 
     Returns:
         Its content; see `trainer.report.summary.summarize`.
@@ -42,6 +53,6 @@ def write_summary(run: Run) -> dict[str, Any]:
     from trainer.report.data import read_run
     from trainer.report.summary import summarize
 
-    summary = summarize(read_run(run))
+    summary = summarize(data or read_run(run))
     write_json(run.root / "summary.json", summary)
     return summary

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import CommandParser, UserError
 from trainer.run import Run
+
+if TYPE_CHECKING:
+    from trainer.report.data import RunData
 
 _HELP = """\
 Write what came out of a run: RUN/report.html to read and send round, RUN/summary.json for programs.
@@ -37,26 +40,26 @@ def report_command(arguments: list[str]) -> int:
     run = Run.existing(values.run)
 
     from trainer.report import write_report, write_summary
+    from trainer.report.data import read_run
 
+    data = read_run(run)
     try:
-        summary, path = write_summary(run), write_report(run)
+        summary, path = write_summary(run, data), write_report(run, data)
     except OSError as error:
         raise UserError(f"{run.root}: the report cannot be written ({error.strerror or error})") from error
-    _show(run, summary)
+    # here, unlike in a page that is sent round, the folder is written as the user wrote it
+    _show(replace(data, shown=str(run.root)), summary)
     print(f"report: {path}")
     return 0
 
 
-def _show(run: Run, summary: dict[str, Any]) -> None:
+def _show(data: RunData, summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from trainer.report.answer import few_volumes, scored_unlike
-    from trainer.report.data import read_run
     from trainer.report.markup import UNKNOWN, duration, interval, score
 
-    # here, unlike in a page that is sent round, the folder is written as the user wrote it
-    data = replace(read_run(run), shown=str(run.root))
     ends = {name: f"{score(summary[f'{name}_before'])} → {score(summary[f'{name}_after'])}" for name in ("dsc", "iou")}
     bounds = summary["dsc_gain_ci95"]
     gain = f"  (gain, 95 % CI: {interval((bounds[0], bounds[1]))})" if bounds else ""
