@@ -1,32 +1,56 @@
-"""Builds a corpus of verified shards from a spec.
+"""Builds a corpus of verified shards from a spec, whole or in parts that are merged later.
 
-Layout: ``OUT/{split}/shard-000000.tar``, ``OUT/{split}/index.npz`` and ``OUT/manifest.json``.
+Layout: ``OUT/{split}/shard-000000.tar``, ``OUT/{split}/index.npz`` and ``OUT/manifest.json``. Until all of that is
+there, the finished blocks of a whole build lie in the hidden folder ``.OUT.partial`` beside it, and those of a part in
+``OUT/parts/I-of-N``: a build that was stopped goes on from them.
 """
 
 from __future__ import annotations
 
-import fcntl
-import glob
-import os
-import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from data_shards import manifest as manifests
+from data_shards.blocks import BLOCKS, build_block, find_block, get_block
 from data_shards.convert import Conversion
+from data_shards.corpus import PARTS, existing, may_stay
 from data_shards.errors import UserError
-from data_shards.index import Index, write_index
-from data_shards.progress import progress
+from data_shards.join import join
+from data_shards.merge import PART_NAME, Part, part_folder
+from data_shards.plan import BLOCK_BYTES, PLAN_NAME, Block, Plan, plan_sha256, read_plan
+from data_shards.progress import Meter, progress
 from data_shards.sources import find_sources
-from data_shards.spec import Hasher, Spec, load_spec
-from data_shards.writer import ShardWriter
+from data_shards.spec import Spec, load_spec
+from data_shards.stage import locked, recover, swap, work_folder, workspace, write_json, writing
+from data_shards.workers import cpus, run
+
+_MOST_WORKERS = 4
+"""Processes taken unless the user says otherwise: each holds a volume, and memory is not ours alone."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What it took to make blocks.
+
+    Attributes:
+        blocks: Number of blocks wanted.
+        resumed: Those that were there.
+        slices: Samples written.
+        seconds: Time taken.
+        workers: Processes.
+    """
+
+    blocks: int = 0
+    resumed: int = 0
+    slices: int = 0
+    seconds: float = 0.0
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -34,212 +58,235 @@ class BuildResult:
     """What a build left on disk.
 
     Attributes:
-        out: Folder of the corpus.
+        out: Folder of the corpus, or of the part.
         reused: Whether it was there already.
-        manifest: Content of its ``manifest.json``.
+        manifest: Content of its ``manifest.json``; empty for a part.
         warnings: What the user should know, one line each.
+        effort: What it took.
+        part: The part that was built, or None for a whole corpus.
     """
 
     out: Path
     reused: bool
     manifest: dict[str, Any]
     warnings: tuple[str, ...] = ()
+    effort: Effort = Effort()
+    part: Part | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a spec asks for.
+
+    Attributes:
+        spec: The spec.
+        cases: Its cases.
+        plan: How they are cut into blocks.
+    """
+
+    spec: Spec
+    cases: list[Conversion]
+    plan: Plan
+
+
+def prepare(spec_path: str | Path, root: str | Path | None = None) -> Job:
+    """Read a spec, find its files and plan the work; no file of a case is read.
+
+    Raises:
+        UserError: The spec is wrong, or a file is missing.
+    """
+    spec_path = Path(spec_path)
+    spec = load_spec(spec_path)
+    try:
+        hasher = spec.hasher()
+        skipped: list[str] = []
+        sources = find_sources(spec, spec_path, root, skipped)
+        rules = spec.split.assign(sources)
+        cases = [Conversion.of(source, rule, hasher) for source, rule in zip(sources, rules, strict=True)]
+        _check_patients(spec, cases)
+        return Job(spec, cases, Plan.of(spec, hasher, cases, len(skipped)))
+    except UserError as error:
+        raise error if str(spec_path) in str(error) else UserError(f"{spec_path}: {error}") from None
 
 
 def build(
-    spec_path: str | Path, out: str | Path, root: str | Path | None = None, overwrite: bool = False
+    spec_path: str | Path,
+    out: str | Path,
+    root: str | Path | None = None,
+    overwrite: bool = False,
+    workers: int | None = 1,
 ) -> BuildResult:
-    """Build a corpus, or find it built already from the same spec and files.
-
-    Everything goes into a hidden folder beside `out`, which takes its place at the very end: an error leaves nothing.
+    """Build a corpus, go on with one that was stopped, or find it built already from the same spec and files.
 
     Args:
         spec_path: The spec (YAML).
-        out: Folder of the corpus.
+        out: Folder of the corpus; it is whole, or as it was before.
         root: Folder of the spec's relative paths; overrides its `root`.
         overwrite: Replace a corpus that was built from something else.
+        workers: Processes; 0 and 1 work in this one. None takes as many as the work is worth. The corpus is the same.
 
     Raises:
         UserError: The spec or a file is wrong, or `out` holds something else; one line.
     """
-    spec_path, out = Path(spec_path), Path(out)
-    spec = load_spec(spec_path)
-    try:
-        hasher = spec.hasher()
-        cases = _cases(spec, spec_path, root, hasher)
-    except UserError as error:
-        raise error if str(spec_path) in str(error) else UserError(f"{spec_path}: {error}") from None
-    existing = _existing(out, overwrite)
-    if existing is not None:
-        reused = _reuse(spec, hasher, cases, existing, out, overwrite)
-        if reused is not None:
-            return reused
-    warnings = _shared_patients(spec, cases)
-    with _staged(out) as folder:
-        indices = _write(spec, cases, folder)
-        content = manifests.make(spec, hasher, cases, indices, warnings)
-        manifests.write(folder, content)
-    return BuildResult(out, False, content, tuple(warnings))
-
-
-def show(result: BuildResult, console: Console) -> None:
-    """Print the table of a corpus and where it is."""
-    table = Table()
-    table.add_column("split")
-    for name in ("slices", "targets", "patients", "MB"):
-        table.add_column(name, justify="right")
-    for name, split in result.manifest["splits"].items():
-        numbers = (split["slices"], sum(split["targets"].values()), split["patients"])
-        table.add_row(name, *(f"{number:,}" for number in numbers), f"{split['bytes'] / 1e6:.1f}")
-    console.print(table)
-    for term, count in result.manifest["dropped_below_min_area"].items():
-        console.print(f"dropped {count} targets '{term}' below min_area")
-    console.print(f"{'reused' if result.reused else 'built'} {result.out}", highlight=False, soft_wrap=True)
-
-
-def _cases(spec: Spec, spec_path: Path, root: str | Path | None, hasher: Hasher) -> list[Conversion]:
-    """Find the files and their splits; sorted by hash, so that samples come sorted by key."""
-    sources = find_sources(spec, spec_path, root)
-    rules = spec.split.assign(sources)
-    cases = [Conversion.of(source, rule, hasher) for source, rule in zip(sources, rules, strict=True)]
-    return sorted(cases, key=lambda case: case.volume)
-
-
-def _existing(out: Path, overwrite: bool) -> dict[str, Any] | None:
-    """Return the manifest of what is at `out`, empty if it is damaged and to be replaced; None where nothing is."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    try:
-        found = manifests.read(out) if out.is_dir() else None
-    except UserError:
-        if overwrite:
-            return {}
-        raise
-    if found is None:
-        raise UserError(f"{out}: exists and is no corpus: choose another --out")
-    return found
-
-
-def _reuse(
-    spec: Spec, hasher: Hasher, cases: Sequence[Conversion], existing: dict[str, Any], out: Path, overwrite: bool
-) -> BuildResult | None:
-    """Return the existing corpus if it is the one asked for and complete; None if it shall be replaced."""
-    for case in cases:
-        case.hash_files()
-    different = manifests.differences(existing, manifests.origin(spec, hasher, cases))
-    if not different:
+    out = Path(out)
+    job = prepare(spec_path, root)
+    with writing(out):
+        recover(out)
+    found = existing(out, overwrite)
+    if found is not None and _is_the_one(job, job.cases, found, out, overwrite):
+        _sweep(out)
+        return BuildResult(out, True, found)
+    if (out / PARTS).exists():
+        raise UserError(f"{out}: holds parts of a build: run `data-shards merge {out}`, or choose another --out")
+    work = work_folder(out)
+    blocks = job.plan.blocks
+    with (
+        writing(out),
+        workspace(work, f"{out}: another build of it is running: wait for it", partial(_kept, work, len(blocks))),
+    ):
+        effort = _make(job, blocks, work, workers)
         try:
-            for name in existing["splits"]:
-                Index.load(out / name)
-            return BuildResult(out, True, existing)
-        except UserError as error:
-            different = [f"damage ({error})"]
-    if not overwrite:
-        raise UserError(
-            f"{out}: holds another corpus; what differs: {', '.join(different)}: pass --overwrite to replace it"
-        )
-    return None
+            content = join(job.plan.record, [get_block(work, block.name) for block in blocks], work, own=True)
+        except UserError:
+            shutil.rmtree(work / BLOCKS)  # no other spec has use for them
+            raise
+        swap(work, out)
+        shutil.rmtree(work, ignore_errors=True)
+    return BuildResult(out, False, content, tuple(_surprises(content)), effort)
 
 
-def _shared_patients(spec: Spec, cases: Sequence[Conversion]) -> list[str]:
-    """Return a warning if whole cases of one patient go to different splits."""
-    if spec.split.shares_patients:
-        return []
-    splits: dict[str, set[str | None]] = {}
-    for case in cases:
-        splits.setdefault(case.patient, set()).add(case.rule(0))
-    shared = sum(len(names) > 1 for names in splits.values())
-    if not shared:
-        return []
-    return [f"{shared} of {len(splits)} patients are in more than one split: scores will flatter"]
+def build_part(
+    spec_path: str | Path,
+    out: str | Path,
+    number: int,
+    of: int,
+    root: str | Path | None = None,
+    overwrite: bool = False,
+    workers: int | None = 1,
+) -> BuildResult:
+    """Build one part of a corpus into ``OUT/parts``, to be merged with the others, which others may build meanwhile.
 
-
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `out` that becomes `out` on success and is removed on any error."""
-    place = out.resolve()  # a link stays a link, and the corpus lies where it points
-    folder = place.with_name(f".{place.name}.{secrets.token_hex(6)}.partial")
-    made = [parent for parent in place.parents if not parent.exists()]
-    try:
-        _sweep(place)
-        folder.mkdir(parents=True)
-        with ExitStack() as stack:
-            with suppress(OSError):  # some file systems have no locks: there, nothing is ever swept
-                stack.enter_context(_locked(folder))
-            yield folder
-            _swap(folder, place)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise UserError(f"{out}: cannot be written ({error.strerror or error}): choose another --out") from error
-        raise
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock on a folder that tells other builds that its own is alive.
+    Args:
+        spec_path: The spec (YAML).
+        out: Folder of the corpus.
+        number: Which part, from 1.
+        of: How many there are.
+        root: Folder of the spec's relative paths; overrides its `root`.
+        overwrite: Build it though `out` holds a corpus that was built from something else; `merge` replaces that.
+        workers: As of `build`.
 
     Raises:
-        OSError: Someone else holds it, or the file system has no locks.
+        UserError: The spec or a file is wrong, or `out` holds something else; one line.
     """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
+    out, part = Path(out), part_folder(Path(out), number, of)
+    if not 1 <= number <= of:
+        raise UserError(f"part {number}/{of}: the first number goes from 1 to the second")
+    job = prepare(spec_path, root)
+    blocks = job.plan.part(number, of)
+    own = [case for block in blocks for case in block.cases]
+    found = existing(out, overwrite)
+    if found is not None and _is_the_one(job, own, found, out, overwrite):
+        return BuildResult(out, True, found, part=part)
+    with writing(out), workspace(part.folder, part.busy, partial(_kept, part.folder, len(blocks))):
+        content = {"plan_sha256": plan_sha256(job.plan.record), "part": number, "of": of}
+        if part.finished != content:
+            (part.folder / PART_NAME).unlink(missing_ok=True)
+        effort = _make(job, blocks, part.folder, workers)
+        if part.finished != content:
+            write_json(part.folder / PART_NAME, content)
+    return BuildResult(part.folder, effort.resumed == len(blocks) > 0, {}, (), effort, part)
+
+
+def _check_patients(spec: Spec, cases: Sequence[Conversion]) -> None:
+    """Raise if whole cases of one patient go to different splits."""
+    if spec.split.shares_patients:
+        return
+    splits: dict[str, set[str]] = {}
+    for case in cases:
+        splits.setdefault(case.source.patient, set()).update(case.rule.splits)
+    shared = [f"'{patient}' ({', '.join(sorted(names))})" for patient, names in splits.items() if len(names) > 1]
+    if shared:
+        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
+        raise UserError(
+            f"split: patients in more than one split, which would flatter every score: {', '.join(shared[:3])}{more}: "
+            "give all cases of a patient one split"
+        )
+
+
+def _is_the_one(job: Job, cases: Sequence[Conversion], found: dict[str, Any], out: Path, overwrite: bool) -> bool:
+    """Return whether a corpus is the one asked for, of whose cases some are looked at; as `corpus.may_stay`."""
+    known = {item["volume"]: item for item in found.get("sources", [])}
+    with progress() as bar, ThreadPoolExecutor(cpus()) as pool:
+        task = bar.add_task("compare files", total=len(cases))
+        try:
+            for _ in pool.map(Conversion.hash_files, cases):
+                bar.advance(task)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    looked_at = {case.volume for case in cases}
+    sources = [
+        manifests.source(case) if case.volume in looked_at else known.get(case.volume, {"volume": case.volume})
+        for case in job.cases
+    ]
+    return may_stay(out, found, manifests.origin(job.plan.header, sources), overwrite)
+
+
+def _make(job: Job, blocks: Sequence[Block], folder: Path, workers: int | None) -> Effort:
+    """Build those blocks that are not in a folder yet, and remove those that are no longer wanted."""
+    record = job.plan.record
+    if read_plan(folder) != record:
+        write_json(folder / PLAN_NAME, record)
+    (folder / BLOCKS).mkdir(exist_ok=True)
+    wanted = {block.name for block in blocks}
+    for path in (folder / BLOCKS).iterdir():
+        if path.name not in wanted:
+            shutil.rmtree(path, ignore_errors=True)
+    missing = [block for block in blocks if find_block(folder, block) is None]
+    size = sum(block.size for block in missing)
+    if workers is None:
+        workers = min(_MOST_WORKERS, cpus(), -(-size // BLOCK_BYTES))
+    spec = replace(job.spec, cases=job.spec.cases[:1])  # the others are not sent to every worker
+    resumed = len(blocks) - len(missing)
+    with Meter(len(blocks), size) as meter:
+        try:
+            run(
+                build_block,
+                # The largest first, so that no worker is left alone with one at the end.
+                [(folder, block, spec) for block in sorted(missing, key=lambda block: -block.size)],
+                workers,
+                lambda done, size, slices: meter.show(resumed + done, size, slices),
+            )
+        finally:
+            for path in (folder / BLOCKS).glob(".*"):  # those of workers that were ended
+                shutil.rmtree(path, ignore_errors=True)
+    return Effort(len(blocks), resumed, meter.slices, meter.seconds, max(1, min(workers, len(missing))))
+
+
+def _kept(folder: Path, wanted: int) -> str | None:
+    """Say what a stopped build leaves for the next one; None if that is nothing."""
+    count = sum(1 for path in (folder / BLOCKS).glob("[!.]*"))
+    if not count:
+        return None
+    return f"{count} of {wanted} blocks are finished and kept in {folder}: the same command goes on from there"
 
 
 def _sweep(out: Path) -> None:
-    """Remove the hidden folders of builds of `out` that were killed: nobody holds their locks."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
-        with suppress(OSError), _locked(folder):
-            shutil.rmtree(folder)
+    """Remove what a stopped build left beside a corpus that needs none."""
+    work = work_folder(out)
+    if work.exists():
+        with suppress(OSError, UserError), locked(work, ""):
+            shutil.rmtree(work)
 
 
-def _swap(folder: Path, out: Path) -> None:
-    """Put the new corpus in the place of the old one, if any; the old one goes last."""
-    if not out.exists():
-        folder.rename(out)
-        return
-    old = folder.with_suffix(".old")
-    out.rename(old)
-    try:
-        folder.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write(spec: Spec, cases: Sequence[Conversion], folder: Path) -> dict[str, Index]:
-    """Write the shards and indices of all splits."""
-    names = spec.split.split_names([case.source for case in cases])
-    kept = dict.fromkeys(names, 0)
-    with ExitStack() as stack:
-        limits = (spec.shards.max_samples, spec.shards.max_bytes)
-        writers = {name: stack.enter_context(ShardWriter(folder / name, *limits)) for name in names}
-        bar = stack.enter_context(progress())
-        task = bar.add_task("slices", total=None)
-        for number, case in enumerate(cases):
-            volume, labels = case.read(spec)
-            done = int(bar.tasks[task].completed)
-            expected = len(case.wanted(spec, _depth(labels.array.shape, spec.slices.axis)))
-            # The cases to come are taken to be as deep as those so far.
-            bar.update(task, total=(done + expected) * len(cases) // (number + 1))
-            for split, triplet in case.samples(spec, volume, labels):
-                if triplet is not None:
-                    writers[split].write(triplet.key, triplet.encode())
-                    kept[split] += 1
-                bar.advance(task)
-    for name, count in kept.items():
-        if not count:
-            raise UserError(f"split '{name}' got no slice: widen 'slices' or 'split' in the spec")
-    return {name: write_index(folder / name) for name in names}
-
-
-def _depth(shape: tuple[int, ...], axis: str) -> int:
-    return shape[("axial", "coronal", "sagittal").index(axis)]
+def _surprises(content: dict[str, Any]) -> list[str]:
+    """Return a warning if a corpus holds something else than its publishers say."""
+    expected = content["about"]["expected"]
+    if expected is None:
+        return []
+    splits = content["splits"].values()
+    images, masks = sum(item["slices"] for item in splits), sum(sum(item["targets"].values()) for item in splits)
+    if images == expected["images"] and expected["masks"] in (None, masks):
+        return []
+    told = f"{expected['images']:,} images" + ("" if expected["masks"] is None else f", {expected['masks']:,} masks")
+    return [f"expected {told}: built {images:,} and {masks:,}"]

@@ -1,4 +1,4 @@
-"""The command `data-shards`: build, verify and inspect a corpus.
+"""The command `data-shards`: build, merge, verify and inspect a corpus.
 
 What a subcommand needs is imported when it runs, so that ``--help`` is fast.
 """
@@ -6,6 +6,7 @@ What a subcommand needs is imported when it runs, so that ``--help`` is fast.
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,11 @@ _HELP = """\
 Turn medical images and their masks into verified shards, and look at them.
 
   data-shards build SPEC.yaml --out data/liver --root /scans   build the shards
+  data-shards build SPEC.yaml --out data/liver --part 1/8      build the first of eight parts
+  data-shards merge data/liver                                 make one corpus of all parts
   data-shards verify data/liver                                check every byte of them
   data-shards inspect data/liver --png sheet.png               see what is in them
+  data-shards formats                                          what can be read, and how
 
 A spec says which files belong together and what their masks mean. A whole one:
 
@@ -40,6 +44,35 @@ A spec says which files belong together and what their masks mean. A whole one:
     - {term: liver, value: 1}
   intensity: {kind: window, level: 40, width: 400}
   split: {kind: patients, fractions: {train: 0.8, test: 0.2}, seed: 0}
+"""
+
+
+_BUILD_HELP = """\
+Build shards from a spec. A build that was stopped goes on where it was: give the same command.
+
+  data-shards build SPEC.yaml --out data/liver --dry-run       show what would be built
+  data-shards build SPEC.yaml --out data/liver --workers 8     build it with eight processes
+
+On several machines that share a disk, each job builds its part; here with SLURM:
+
+  #SBATCH --array=1-8 --cpus-per-task=4
+  data-shards build SPEC.yaml --out data/liver --part $SLURM_ARRAY_TASK_ID/8 --workers 4
+
+and when all have ended:
+
+  data-shards merge data/liver
+
+The corpus is the same to the byte, whatever the number of parts and workers, and however often
+it was stopped.
+"""
+
+_MERGE_HELP = """\
+Make one corpus of the parts that `data-shards build --part I/N` built, and remove the parts.
+
+  data-shards merge data/liver                                 parts that lie in data/liver/parts
+  data-shards merge a/parts/1-of-2 b/parts/2-of-2 --out c      parts from different places
+
+Every byte of the parts is checked. Parts of different specs or files do not go together.
 """
 
 
@@ -88,12 +121,24 @@ def _parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
     parser.add_argument("--version", action="version", version=f"sam-trainer {__version__}")
     group = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND", required=True)
 
-    build = group.add_parser("build", help="build shards from a spec")
+    build = group.add_parser("build", help="build shards from a spec", description=_BUILD_HELP)
     build.add_argument("spec", metavar="SPEC.yaml", help="the spec; examples lie in data_shards/catalogue")
     build.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus; it is made")
     build.add_argument("--root", metavar="DIR", help="folder of the spec's relative paths (default: the spec's root)")
+    build.add_argument("--part", type=_part, metavar="I/N", help="build the I-th of N parts, to be merged")
+    build.add_argument(
+        "--workers", type=_count, metavar="W", help="processes (default: up to 4, as far as the work is worth it)"
+    )
     build.add_argument("--overwrite", action="store_true", help="replace a corpus built from something else")
+    build.add_argument("--dry-run", action="store_true", help="show cases, splits and blocks; build nothing")
     build.set_defaults(run=_build)
+
+    merge = group.add_parser("merge", help="make one corpus of parts", description=_MERGE_HELP)
+    merge.add_argument("dirs", nargs="+", metavar="DIR", help="a corpus in parts, or a single part")
+    merge.add_argument("--out", metavar="DIR", help="folder of the corpus (default: the DIR given)")
+    merge.add_argument("--overwrite", action="store_true", help="replace a corpus built from something else")
+    merge.add_argument("--keep-parts", action="store_true", help="leave the parts where they are")
+    merge.set_defaults(run=_merge)
 
     verify = group.add_parser("verify", help="check every byte and sample; writes nothing")
     verify.add_argument("dir", metavar="DIR", help="a corpus, or one split of it")
@@ -104,6 +149,10 @@ def _parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
     inspect.add_argument("--sample", metavar="KEY", help="show this sample instead of the tables")
     inspect.add_argument("--png", metavar="OUT", help="draw the sample, or a dozen samples, into this file")
     inspect.set_defaults(run=_inspect)
+
+    formats = group.add_parser("formats", help="list what can be read, and the options of a spec's 'reader'")
+    formats.add_argument("suffix", nargs="?", metavar="SUFFIX", help="only this format, as .png or dicom")
+    formats.set_defaults(run=_formats)
     return parser, dict(group.choices)
 
 
@@ -113,20 +162,54 @@ def _console() -> Console:
     return Console(markup=False, emoji=False, highlight=False)  # terms and paths may hold brackets and colons
 
 
-def _build(values: argparse.Namespace) -> int:
-    from data_shards.build import build, show
+def _part(text: str) -> tuple[int, int]:
+    """Read ``2/8``."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' is no part: give I/N with I from 1 to N, as 2/8")
+    return int(match[1]), int(match[2])
 
+
+def _count(text: str) -> int:
+    """Read a number of processes."""
+    if not re.fullmatch(r"\d{1,4}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of processes: give a whole number, as 8")
+    return int(text)
+
+
+def _build(values: argparse.Namespace) -> int:
+    from data_shards.build import build, build_part, prepare
+    from data_shards.summary import show, show_plan
+
+    if values.dry_run:
+        show_plan(prepare(values.spec, values.root), _console())
+        return 0
+    options = {"root": values.root, "overwrite": values.overwrite, "workers": values.workers}
     with _stoppable():
-        result = build(values.spec, values.out, root=values.root, overwrite=values.overwrite)
+        if values.part is None:
+            result = build(values.spec, values.out, **options)
+        else:
+            result = build_part(values.spec, values.out, *values.part, **options)
     for warning in result.warnings:
         print(f"data-shards: warning: {warning}", file=sys.stderr)
     show(result, _console())
     return 0
 
 
+def _merge(values: argparse.Namespace) -> int:
+    from data_shards.build import BuildResult
+    from data_shards.merge import merge
+    from data_shards.summary import show
+
+    with _stoppable():
+        out, manifest, reused = merge(values.dirs, values.out, values.overwrite, values.keep_parts)
+    show(BuildResult(out, reused, manifest), _console())
+    return 0
+
+
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Let SIGTERM, as schedulers send it, unwind like an error does: what was begun is removed."""
+    """Let SIGTERM, as schedulers send it, unwind like an error does: nothing is left half done."""
 
     def stop(number: int, _: object) -> NoReturn:
         sys.exit(128 + number)
@@ -168,6 +251,28 @@ def _inspect(values: argparse.Namespace) -> int:
             inspect.draw_sheet(splits, values.png)
     if values.png is not None:
         print(f"drawn {values.png}")
+    return 0
+
+
+def _formats(values: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from data_shards.readers.formats import formats
+
+    wanted = (values.suffix or "").lower().removeprefix(".")
+    chosen = [item for item in formats() if wanted in "".join(item.suffixes).lower() + item.summary.lower()]
+    if not chosen:
+        known = [suffix for item in formats() for suffix in item.suffixes]
+        raise UserError(f"formats: no format '{values.suffix}'{nearest(values.suffix, known)}")
+    console = _console()
+    for item in chosen:
+        console.print(f"{' '.join(item.suffixes)}  ({item.reads})", style="bold", soft_wrap=True)
+        console.print(f"  {item.summary}", soft_wrap=True)
+        table = Table(show_header=False, box=None, padding=(0, 1, 0, 4))
+        for name, default, meaning in item.options:
+            table.add_row(f"{name}: {default}", meaning)
+        if item.options:
+            console.print(table)
     return 0
 
 

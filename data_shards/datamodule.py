@@ -14,6 +14,7 @@ from data_shards.errors import UserError
 from data_shards.loader import SampleView, TripletLoader
 from data_shards.sampler import EvenSampler, GlobalOrderSampler
 from data_shards.seed import run_seed
+from data_shards.splits import EXTERNAL
 
 
 class TripletDataModule(LightningDataModule):
@@ -59,6 +60,8 @@ class TripletDataModule(LightningDataModule):
         for split in needed:
             folder = self.folders[split]
             if folder is not None and split not in self.shards:
+                if split == "train" and Path(folder).name.startswith(EXTERNAL):
+                    raise UserError(f"data.init_args.train: {folder} is an external test set: it is never trained on")
                 self.shards[split] = ShardDataset(Path(folder))
         if needed[0] not in self.shards:
             raise UserError(f"`{stage}` needs data.init_args.{needed[0]}: the folder of that split's shards")

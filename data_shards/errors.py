@@ -9,6 +9,9 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a damaged file could tell a terminal to do, or what cannot be printed at all."""
+
 
 class UserError(Exception):
     """A mistake in the user's input.
@@ -22,7 +25,7 @@ class UserError(Exception):
         text = super().__str__()
         if "Original Traceback" in text:
             text = re.split(r"^[\w.]*UserError: ", text, flags=re.MULTILINE)[-1]
-        return " ".join(text.split())
+        return _UNPRINTABLE.sub("?", " ".join(text.split()))
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
@@ -72,13 +75,20 @@ def run_command(main: Callable[[], int | None], name: str) -> int:
     try:
         return main() or 0
     except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        _say(name, f"error: {error}", error)
         return 2
     except PermissionError as error:
-        print(f"{name}: error: {error.filename}: permission denied: change the path or its rights", file=sys.stderr)
+        _say(name, f"error: {error.filename}: permission denied: change the path or its rights", error)
         return 2
     except SystemExit as done:  # argparse after --help
+        _say(name, "", done)
         return done.code if isinstance(done.code, int) else 0
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _say(name, "interrupted", error)
         return 130
+
+
+def _say(name: str, message: str, error: BaseException) -> None:
+    """Print a message, if any, and the notes of an error, which say what is left and how to go on."""
+    for line in (*filter(None, [message]), *getattr(error, "__notes__", ())):
+        print(f"{name}: {line}", file=sys.stderr)

@@ -5,7 +5,8 @@ Shapes: H, W are an image's height and width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from rich.table import Table
 from data_shards.corpus import split_folders
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError, nearest
+from data_shards.index import Index
 from data_shards.triplet import Triplet
 
 if TYPE_CHECKING:
@@ -46,14 +48,26 @@ def show_corpus(splits: dict[str, ShardDataset], console: Console) -> None:
         size = f"{index.shard_sizes.sum() / 1e6:.1f}"
         overview.add_row(name, *(f"{count:,}" for count in counts), size, "\n".join(images[:3]), index.sha256[:12])
     console.print(overview)
-    terms = _table("split", "term", "targets", "smallest (px)", "median", "largest")
+    terms = _table("split", "term", "targets", "absent", "smallest (px)", "median", "largest")
     for name, dataset in splits.items():
-        index = dataset.index
-        for number, term in enumerate(index.terms):
-            areas = index.target_area[index.target_term == number]
-            values = (len(areas), areas.min(), np.median(areas), areas.max())
-            terms.add_row(name, str(term), *(f"{value:,.0f}" for value in values))
+        for row in _term_rows(dataset.index):
+            terms.add_row(name, *row)
     console.print(terms)
+    console.print("absent: images in which the term was looked for and is not")
+
+
+def _term_rows(index: Index) -> Iterator[tuple[str, ...]]:
+    """Yield (term, targets, absent, smallest, median, largest) of the semantic targets and the instances of terms."""
+    for number, term in enumerate(map(str, index.terms)):
+        absent = f"{index.absent[number]:,}" if index.absent[number] >= 0 else "?"
+        mine = index.target_term == number
+        for kind, name in enumerate((term, f"{term} (instances)")):
+            areas = index.target_area[mine & (index.target_kind == kind)]
+            if areas.size:
+                values = (areas.min(), np.median(areas), areas.max())
+                yield name, f"{len(areas):,}", absent, *(f"{value:,.0f}" for value in values)
+        if not mine.any():
+            yield term, "0", absent, "", "", ""
 
 
 def find_sample(splits: dict[str, ShardDataset], key: str) -> Triplet:
@@ -150,11 +164,14 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, np
 
 def _draw_image(panel: Axes, triplet: Triplet) -> None:
     image = triplet.image
-    low, high = (0, 255) if image.dtype == np.uint8 else np.percentile(image, [0.5, 99.5])
+    low, high = (0, 255) if image.dtype == np.uint8 else np.nanpercentile(image, [0.5, 99.5])
+    high = max(high, low + 1e-6)
+    if image.ndim == 3:  # limits are for grey alone: a colour is 0 to 1
+        image = ((image.astype(np.float32) - low) / (high - low)).clip(0, 1)
     spacing = triplet.provenance.spacing
     # Anatomy has its proportions: pixels are drawn as tall as they are in mm.
     aspect = spacing[0] / spacing[1] if spacing else 1.0
-    panel.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect, interpolation="nearest")
+    panel.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
 
 
 def _draw_targets(panel: Axes, triplet: Triplet, before: str = "") -> None:
@@ -162,22 +179,25 @@ def _draw_targets(panel: Axes, triplet: Triplet, before: str = "") -> None:
     from matplotlib.patches import Rectangle
 
     _draw_image(panel, triplet)
-    for target, colour in zip(triplet.targets, _cycle(len(triplet.targets)), strict=True):
+    for number, target in enumerate(triplet.targets):
+        colour = _COLOURS[number % len(_COLOURS)]
+        x0, y0, x1, y1 = target.box
         # A margin of background closes the contours of masks that touch the border.
-        mask = np.pad(target.mask().astype(float), 1)
-        rows, columns = np.arange(mask.shape[0]) - 1, np.arange(mask.shape[1]) - 1
+        mask = np.pad(target.mask()[y0 : y1 + 1, x0 : x1 + 1].astype(float), 1)
+        rows, columns = np.arange(y0 - 1, y1 + 2), np.arange(x0 - 1, x1 + 2)
         panel.contourf(columns, rows, mask, levels=[0.5, 1.5], colors=[colour], alpha=0.3)
         panel.contour(columns, rows, mask, levels=[0.5], colors=[colour], linewidths=0.8)
-        x0, y0, x1, y1 = target.box
         panel.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0 + 1, y1 - y0 + 1, fill=False, edgecolor=colour))
     height, width = triplet.image.shape[:2]
     panel.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    title = before + (", ".join(target.term for target in triplet.targets) or "no target")
-    panel.set_title(title, fontsize=9, parse_math=False)
+    panel.set_title(before + title(triplet), fontsize=9, parse_math=False)
 
 
-def _cycle(count: int) -> Sequence[str]:
-    return [_COLOURS[number % len(_COLOURS)] for number in range(count)]
+def title(triplet: Triplet) -> str:
+    """Return the terms of a sample's targets, each once, with the number of instances: ``nucleus ×25, tumour``."""
+    instances = Counter(target.term for target in triplet.targets if target.kind == "instance")
+    terms = dict.fromkeys(target.term for target in triplet.targets)
+    return ", ".join(f"{term} ×{instances[term]}" if instances[term] else term for term in terms) or "no target"
 
 
 def _save(figure: Any, path: str | Path) -> None:

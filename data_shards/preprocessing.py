@@ -64,35 +64,60 @@ class Intensity(ABC):
         return self.fit(volume).apply(volume)
 
 
+WINDOWS: dict[str, tuple[float, float]] = {
+    "soft_tissue": (40, 400),
+    "lung": (-160, 1500),
+    "brain": (40, 80),
+    "bone": (400, 1800),
+    "mediastinum": (50, 350),
+}
+"""Level and width in HU of CT windows by name: soft tissue, lung and brain as in MedSAM's Methods, bone as its authors'
+challenge states it, mediastinum as radiologists commonly set it."""
+
+
 @dataclass(frozen=True)
 class Window(Intensity):
-    """A fixed window, as of CT in Hounsfield units, to uint8."""
+    """A fixed window, as of CT in Hounsfield units, to uint8: by name, or by level and width."""
 
-    level: float
+    name: Literal["soft_tissue", "lung", "brain", "bone", "mediastinum"] | None = None
+    """A named window; it stands for level and width."""
+    level: float | None = None
     """Centre of the window."""
-    width: float
+    width: float | None = None
     """Full width of the window."""
     kind: Literal["window"] = "window"
 
     def __post_init__(self) -> None:
+        if self.name is not None:
+            if self.level is not None or self.width is not None:
+                raise UserError(f"the window '{self.name}' has its own level and width: give the name or the numbers")
+            return
+        if self.level is None or self.width is None:
+            raise UserError(f"a window needs level and width, or a name: {', '.join(WINDOWS)}")
         if not (self.width > 0 and math.isfinite(self.width) and math.isfinite(self.level)):
             raise UserError(f"width must be above 0 and level a number, got {self.width:g} and {self.level:g}")
 
     def fit(self, volume: np.ndarray) -> Rescale:
         """Return the window, whatever the volume."""
-        return Rescale("window", float(self.level - self.width / 2), float(self.level + self.width / 2))
+        level, width = WINDOWS[self.name] if self.name is not None else (self.level, self.width)
+        assert level is not None and width is not None  # __post_init__ saw to it
+        return Rescale("window", float(level - width / 2), float(level + width / 2))
 
 
 @dataclass(frozen=True)
 class Percentiles(Intensity):
-    """Between two percentiles of the volume, to uint8, as MedSAM does for MR."""
+    """Between two percentiles of the volume, to uint8, as MedSAM does for all grey images but CT.
+
+    MedSAM's paper prints "0.95th and 99.5th"; its released code takes 0.5 and 99.5, and so does this.
+    """
 
     low: float = 0.5
     """Percentile that becomes 0."""
     high: float = 99.5
     """Percentile that becomes 255."""
     nonzero: bool = True
-    """Take the percentiles over nonzero voxels only: background is not anatomy."""
+    """Take the percentiles over nonzero voxels only, as for MR and PET, whose background is no anatomy. False for
+    X-ray, ultrasound, mammography and OCT."""
     kind: Literal["percentiles"] = "percentiles"
 
     def __post_init__(self) -> None:
@@ -120,6 +145,23 @@ class MinMax(Intensity):
 
 
 @dataclass(frozen=True)
+class Colour(Intensity):
+    """Colours kept where they lie in 0–255 already, between smallest and largest value otherwise, as MedSAM does."""
+
+    kind: Literal["rgb"] = "rgb"
+
+    def fit(self, volume: np.ndarray) -> Rescale:
+        """Return the identity, onto uint8 if the values are whole numbers or not yet it, or the map of the extremes."""
+        if volume.dtype == np.uint8:
+            return Rescale("none")
+        low, high = float(volume.min()), float(volume.max())
+        # Floats in 0–1 are in range too, but black on a screen.
+        if low >= 0 and 1 < high <= 255:
+            return Rescale("rgb", 0.0, 255.0)
+        return Rescale("minmax", low, high)
+
+
+@dataclass(frozen=True)
 class Native(Intensity):
     """Values and dtype as they are in the file."""
 
@@ -130,7 +172,7 @@ class Native(Intensity):
         return Rescale("none")
 
 
-AnyIntensity = Window | Percentiles | MinMax | Native
+AnyIntensity = Window | Percentiles | MinMax | Colour | Native
 
 
 def check_finite(array: np.ndarray, name: str) -> None:
@@ -166,14 +208,33 @@ def cut(volume: Volume, axis: Axis) -> Stack:
     patient's right on the left, sagittal ones superior on top and anterior on the left. Slice n of the stack lies at
     index n of the volume along z, y or x.
     """
-    array, spacing = volume.array, volume.spacing
-    if axis == "axial":
-        order = (0, 1, 2)
-    elif axis == "coronal":
-        array, order = array[::-1], (1, 0, 2)
-    else:
-        array, order = array[::-1], (2, 0, 1)
-    slices = array.transpose(*order, *range(3, array.ndim))
+    slices, spacing, order = slices_of(volume.array, axis), volume.spacing, _ORDER[axis]
     if spacing is None:
         return Stack(slices, None, None)
     return Stack(slices, (spacing[order[1]], spacing[order[2]]), spacing[order[0]])
+
+
+def slices_of(array: np.ndarray, axis: Axis) -> np.ndarray:
+    """View a volume (Z, Y, X) or (Z, Y, X, 3), or a box of one, as slices (N, H, W) or (N, H, W, 3) along an axis."""
+    upright = array if axis == "axial" else array[::-1]
+    return upright.transpose(*_ORDER[axis], *range(3, array.ndim))
+
+
+def place_of(
+    origin: tuple[int, int, int], box: tuple[int, ...], shape: tuple[int, ...], axis: Axis
+) -> tuple[int, int, int]:
+    """Return where a box of a volume lies among the slices: (first slice, top row, left column).
+
+    Args:
+        origin: First voxel (z, y, x) of the box.
+        box: Its shape (z, y, x).
+        shape: Shape (Z, Y, X) of the volume.
+        axis: The axis along which both are cut.
+    """
+    upright = origin if axis == "axial" else (shape[0] - origin[0] - box[0], *origin[1:])
+    first, top, left = (upright[number] for number in _ORDER[axis])
+    return first, top, left
+
+
+_ORDER: dict[Axis, tuple[int, int, int]] = {"axial": (0, 1, 2), "coronal": (1, 0, 2), "sagittal": (2, 0, 1)}
+"""Which axes of a volume are a stack's slices, rows and columns."""

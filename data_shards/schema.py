@@ -74,16 +74,18 @@ def from_mapping(cls: type[T], record: Any, where: str, key: str = "") -> T:
 
 def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     """Convert one value to the type of its field."""
-    if dataclasses.is_dataclass(hint):
-        return from_mapping(typing.cast(type, hint), value, where, key)
     members = typing.get_args(hint)
-    if isinstance(hint, types.UnionType) and all(dataclasses.is_dataclass(member) for member in members):
-        return from_mapping(_of_kind(members, value, where, key), value, where, key)
+    options = tuple(option for option in _options(hint) if option is not types.NoneType)
+    if all(dataclasses.is_dataclass(option) for option in options):
+        if value is None and types.NoneType in members:
+            return None
+        chosen = typing.cast(type, options[0]) if len(options) == 1 else _of_kind(options, value, where, key)
+        return from_mapping(chosen, value, where, key)
     if typing.get_origin(hint) is list and dataclasses.is_dataclass(members[0]):
         if not isinstance(value, list):
             raise UserError(f"{where}: {key}: expected a list, got {_show(value)}")
         return [_value(members[0], item, where, f"{key}[{number}]") for number, item in enumerate(value)]
-    return _plain(hint, value, where, key)
+    return plain_value(hint, value, where, key)
 
 
 def _of_kind(members: tuple[Any, ...], value: Any, where: str, key: str) -> type:
@@ -98,12 +100,24 @@ def _of_kind(members: tuple[Any, ...], value: Any, where: str, key: str) -> type
     return typing.cast(type, kinds[value["kind"]])
 
 
-def _plain(hint: Any, value: Any, where: str, key: str) -> Any:
+def plain_value(hint: Any, value: Any, where: str, key: str) -> Any:
+    """Check and convert one value that is no dataclass.
+
+    Args:
+        hint: The type asked for.
+        value: What the YAML holds.
+        where: The file, for messages.
+        key: Dotted key, for messages.
+
+    Raises:
+        UserError: The value has another type.
+    """
     from jsonargparse import ArgumentError
 
     # Text would be read once more as YAML: "3" is no number, and no number is text.
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    refused = isinstance(value, str) and str not in options and typing.get_origin(hint) is not typing.Literal
+    options = _options(hint)
+    literal = any(typing.get_origin(option) is typing.Literal for option in options)
+    refused = isinstance(value, str) and str not in options and not literal
     if refused and float in options:
         try:  # YAML 1.1 takes 1e-3 for text
             return float(value)
@@ -126,6 +140,12 @@ def _parser(hint: Any) -> Any:
     return parser
 
 
+def _options(hint: Any) -> tuple[Any, ...]:
+    """Return the types that a union allows, or the one type."""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
 def _describe(hint: Any) -> str:
     """Return a type in a user's words."""
     names = {int: "a whole number", float: "a number", str: "text (quote it)", bool: "true or false", Any: "anything"}
@@ -139,7 +159,7 @@ def _describe(hint: Any) -> str:
         return f"a list, each {_describe(members[0])}"
     if origin is dict:
         return f"a mapping of names to values, each {_describe(members[1])}"
-    if isinstance(hint, types.UnionType):
+    if len(_options(hint)) > 1:
         return " or ".join(_describe(member) for member in members if member is not types.NoneType)
     return str(hint)
 

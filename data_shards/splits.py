@@ -1,6 +1,7 @@
 """Which slice of which case goes into which split.
 
-A split is a small frozen dataclass; `Split.assign` turns the list of cases into one rule per case.
+A split is a small frozen dataclass; `Split.assign` turns the list of cases into one rule per case. Where no patient is
+known, the case stands for one: a volume, or an image.
 """
 
 from __future__ import annotations
@@ -8,14 +9,32 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from data_shards.errors import UserError
 
-SliceRule = Callable[[int], str | None]
-"""From the index of a slice along its axis to its split, or to None for a slice that belongs to no split."""
+
+@dataclass(frozen=True)
+class SliceRule:
+    """From the index of a slice along its axis to its split, or to None for a slice that belongs to no split.
+
+    Attributes:
+        splits: The splits that it can give, in the order in which they are shown.
+        slabs: The slabs that decide; without them every slice goes to the one split.
+    """
+
+    splits: tuple[str, ...]
+    slabs: Slabs | None = None
+
+    def __call__(self, index: int) -> str | None:
+        """Return the split of a slice."""
+        return self.splits[0] if self.slabs is None else self.slabs.of(index)
+
+
+EXTERNAL = "external"
+"""How the name of a split begins that must never be trained on."""
 
 
 class HasPatient(Protocol):
@@ -97,7 +116,7 @@ class ByPatient(Split):
             if stop == start:
                 raise UserError(
                     f"split '{name}' gets none of the {len(ranked)} patients at a fraction of {fraction:g}: "
-                    "raise it, or split in another way"
+                    "raise it, or name each case's split with kind: explicit"
                 )
             result.update(dict.fromkeys(ranked[start:stop], name))
             start = stop
@@ -107,11 +126,31 @@ class ByPatient(Split):
         """Return the rule of each case: all slices of a patient go together."""
         _refuse_declared(cases, self.kind)
         drawn = self.draw([case.patient for case in cases])
-        return [_always(drawn[case.patient]) for case in cases]
+        return [SliceRule((drawn[case.patient],)) for case in cases]
 
     def split_names(self, cases: Sequence[HasPatient]) -> list[str]:
         """Return the keys of the fractions."""
         return list(self.fractions)
+
+
+@dataclass(frozen=True)
+class LikeMedSAM(ByPatient):
+    """80 % of the patients to train on, 10 % to validate and 10 % to test (MedSAM, Methods)."""
+
+    fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.8, "validation": 0.1, "test": 0.1})
+    """Share of the patients of each split; together 1."""
+    kind: Literal["medsam"] = "medsam"  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class LikeMedicalSAM3(ByPatient):
+    """85 % of the patients to train on and 15 % to validate, with seed 42 (Medical SAM3, implementation details)."""
+
+    fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.85, "validation": 0.15})
+    """Share of the patients of each split; together 1."""
+    seed: int = 42
+    """Another seed is another draw."""
+    kind: Literal["medical_sam3"] = "medical_sam3"  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -132,7 +171,7 @@ class Explicit(Split):
                     f"case '{case.id}' names no split: give it 'split: train', or the spec another split kind"
                 )
             check_name(case.split)
-        return [_always(str(case.split)) for case in cases]
+        return [SliceRule((str(case.split),)) for case in cases]
 
     def split_names(self, cases: Sequence[HasPatient]) -> list[str]:
         """Return the splits named, in the order of their first case."""
@@ -180,15 +219,34 @@ class Slabs(Split):
     def assign(self, cases: Sequence[HasPatient]) -> list[SliceRule]:
         """Return the same rule for every case."""
         _refuse_declared(cases, self.kind)
-        return [self.of for _ in cases]
+        return [SliceRule(tuple(self.names), self) for _ in cases]
 
     def split_names(self, cases: Sequence[HasPatient]) -> list[str]:
         """Return the splits."""
         return list(self.names)
 
 
-AnySplit = ByPatient | Explicit | Slabs
+@dataclass(frozen=True)
+class External(Split):
+    """Every case into one split that is never trained on: a test set of its own."""
+
+    name: str = EXTERNAL
+    """Name of the split; it starts with ``external``, by which training refuses it."""
+    kind: Literal["external"] = "external"
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if not self.name.startswith(EXTERNAL):
+            raise UserError(f"the name of an external split starts with '{EXTERNAL}', got '{self.name}'")
+
+    def assign(self, cases: Sequence[HasPatient]) -> list[SliceRule]:
+        """Return the same rule for every case."""
+        _refuse_declared(cases, self.kind)
+        return [SliceRule((self.name,)) for _ in cases]
+
+    def split_names(self, cases: Sequence[HasPatient]) -> list[str]:
+        """Return the one split."""
+        return [self.name]
 
 
-def _always(name: str) -> SliceRule:
-    return lambda _: name
+AnySplit = ByPatient | LikeMedSAM | LikeMedicalSAM3 | Explicit | Slabs | External

@@ -2,26 +2,36 @@
 
 Shapes: H, W are the image's native height and width in pixels.
 
-In a shard a triplet is two members that share a key, readable by `webdataset` itself:
-``KEY.image.png`` (8- or 16-bit grey, 8-bit RGB) or ``KEY.image.npy`` (any other dtype), and ``KEY.json``.
+In a shard a triplet is two members that share a key, readable by `webdataset` itself: ``KEY.json``, and
+``KEY.image.png`` (8- or 16-bit grey, 8-bit RGB), ``KEY.image.npy`` (any other dtype) or ``KEY.image.npy.zst``.
 """
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as coco_mask
 
+from data_shards.codecs import IMAGE_EXTENSIONS, Codec, decode_image, encode_image
 from data_shards.errors import UserError
+from data_shards.runs import fill, runs_of
+from data_shards.strict import is_count, is_key, is_length, is_text, is_tuple, read_json, show
 
 FORMAT_VERSION = 1
 """Raised whenever a stored triplet changes its meaning."""
+
+MAX_RECORD = 64 * 2**20
+"""Bytes of the largest JSON member that is stored or read."""
+
+KINDS = ("semantic", "instance")
+"""What a target can be; its number is its place here."""
+
+SPLIT_UNITS = ("patient", "series", "image")
+"""What the splits of a corpus can have kept together."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +86,43 @@ class Target:
         Raises:
             UserError: The run lengths are damaged.
         """
-        # pycocotools would fill what damaged run lengths leave open with whatever lies in memory, or crash.
-        height, width = self.size
-        runs = _unpack_runs(self.counts)
-        if runs is None or runs.min() < 0 or int(runs.sum()) != height * width:
+        return fill(self._runs(), self.size)
+
+    def spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return where the pixels inside begin and end: (R,), (R,) int64, counted down the columns, ends left out.
+
+        Raises:
+            UserError: The run lengths are damaged.
+        """
+        runs = self._runs()
+        stops = np.cumsum(runs)
+        inside = np.flatnonzero(runs[1::2]) * 2 + 1  # outside, inside, outside, …
+        return stops[inside - 1], stops[inside]
+
+    def measure(self) -> tuple[tuple[int, int, int, int] | None, int]:
+        """Return the tight box, None for an empty mask, and the area, from the run lengths alone.
+
+        Raises:
+            UserError: The run lengths are damaged.
+        """
+        starts, stops = self.spans()
+        if not starts.size:
+            return None, 0
+        height, last = self.size[0], stops - 1
+        top, bottom = starts % height, last % height
+        if (starts // height != last // height).any():  # one that goes on in the next column touches both edges
+            top, bottom = np.array([0]), np.array([height - 1])
+        box = (int(starts[0] // height), int(top.min()), int(last[-1] // height), int(bottom.max()))
+        return box, int((stops - starts).sum())
+
+    def _runs(self) -> np.ndarray:
+        runs = runs_of(self.counts, self.size)
+        if runs is None:
+            height, width = self.size
             raise UserError(
                 f"the mask of '{self.term}' is damaged: its run lengths do not fill {height} x {width} pixels"
             )
-        values = (np.arange(len(runs)) % 2).astype(np.uint8)  # outside, inside, outside, …
-        return np.repeat(values, runs).reshape(width, height).T  # columns come one after another
+        return runs
 
 
 @dataclass(frozen=True)
@@ -102,6 +140,10 @@ class Provenance:
         spacing: Pixel spacing (row, column) in mm, or None.
         slice_spacing: Distance between slices in mm, or None.
         intensity: How source intensities became the stored ones; enough to repeat it.
+        previous: Key of the neighbouring slice before this one, if it is stored in the same split.
+        next: Key of the neighbouring slice after this one, if it is stored in the same split.
+        patch: Upper left corner (y, x) of this window in its image, in pixels, or None for a whole image.
+        split_unit: What the splits kept together: ``"patient"``, ``"series"`` or ``"image"``.
     """
 
     dataset: str
@@ -114,6 +156,10 @@ class Provenance:
     spacing: tuple[float, float] | None = None
     slice_spacing: float | None = None
     intensity: Mapping[str, Any] = field(default_factory=dict)
+    previous: str | None = None
+    next: str | None = None
+    patch: tuple[int, int] | None = None
+    split_unit: str = "patient"
 
 
 @dataclass(frozen=True)
@@ -135,21 +181,36 @@ class Triplet:
     looked_for: tuple[str, ...]
     provenance: Provenance
 
-    def encode(self) -> dict[str, bytes]:
-        """Return the members of this sample in a tar, by extension."""
-        extension = "image.png" if _fits_png(self.image) else "image.npy"
+    def encode(self, codec: Codec = "png") -> dict[str, bytes]:
+        """Return the members of this sample in a tar, by extension.
+
+        Args:
+            codec: How the image is stored, losslessly: ``"png"`` (npy for dtypes that PNG does not hold) or ``"zstd"``,
+                which is larger and several times faster to read.
+
+        Raises:
+            UserError: It could not be read back: a field is out of range, or it is too large.
+        """
         record = {
             "version": FORMAT_VERSION,
             "targets": [asdict(target) for target in self.targets],
             "looked_for": list(self.looked_for),
             "provenance": asdict(self.provenance),
         }
-        text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return {extension: _ENCODERS[extension](self.image), "json": text.encode()}
+        try:
+            self.check()
+            extension, image = encode_image(self.image, codec)
+            text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+            data = text.encode()
+            if len(data) > MAX_RECORD:
+                raise UserError(f"its targets take {len(data)} bytes: cut the image into patches")
+            return {extension: image, "json": data}
+        except (UserError, ValueError) as error:
+            raise UserError(f"sample '{self.key}' cannot be stored: {error}") from error
 
     @classmethod
     def decode(cls, key: str, members: Mapping[str, bytes]) -> Triplet:
-        """Rebuild a triplet from its tar members.
+        """Rebuild a triplet from its tar members, which may be damaged or hostile.
 
         Args:
             key: The sample's key.
@@ -159,90 +220,126 @@ class Triplet:
             UserError: A member is missing or damaged, or was written by a newer format.
         """
         try:
-            record = json.loads(members["json"])
-            if record["version"] > FORMAT_VERSION:
-                raise UserError(
-                    f"sample '{key}' has format {record['version']}, newer than {FORMAT_VERSION}: update sam-trainer"
-                )
-            extension = next(name for name in _DECODERS if name in members)
-            image = _DECODERS[extension](members[extension])
-            if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) or image.size == 0:
-                raise UserError(f"sample '{key}': its image has shape {image.shape}; (H, W) or (H, W, 3) is needed")
-            return cls(
-                key=key,
-                image=image,
-                targets=tuple(_from_record(Target, item) for item in record["targets"]),
-                looked_for=tuple(record["looked_for"]),
-                provenance=_from_record(Provenance, record["provenance"]),
-            )
-        except UserError:
-            raise
-        except StopIteration:
-            raise UserError(f"sample '{key}' has no image: expected one of {', '.join(_DECODERS)}") from None
-        except Exception as error:  # whatever damaged bytes make a decoder raise
-            raise UserError(f"sample '{key}' cannot be decoded ({type(error).__name__}: {error})") from error
+            if "json" not in members:
+                raise UserError("it has no json")
+            targets, looked_for, provenance = read_record(members["json"])
+            extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
+            if extension is None:
+                raise UserError(f"it has no image: expected one of {', '.join(IMAGE_EXTENSIONS)}")
+            triplet = cls(key, decode_image(extension, members[extension]), targets, looked_for, provenance)
+            _check_sizes(triplet)
+        except UserError as error:
+            raise UserError(f"sample '{key}': {error}") from error
+        return triplet
+
+    def check(self) -> None:
+        """Raise a `UserError` that names the field unless every field has its type and range."""
+        if not is_key(self.key):
+            raise UserError("its key must be printable ASCII, no absolute path and without '..'")
+        for target in self.targets:
+            _check_target(target)
+        _check_terms(self.looked_for, "looked_for")
+        _check_provenance(self.provenance)
+        _check_sizes(self)
 
 
-def _unpack_runs(counts: str) -> np.ndarray | None:
-    """Read COCO's compressed run lengths: (R,) int64, or None where they cannot be read.
+def read_record(data: bytes) -> tuple[tuple[Target, ...], tuple[str, ...], Provenance]:
+    """Return the targets, the terms looked for and the provenance that a JSON member holds, all checked.
 
-    A run is written in groups of 5 bits, lowest first, as a character from 48 on whose bit 32 says that another group
-    follows; bit 16 of the last group is the sign. From the fourth run on, it is the difference to the last but one.
+    Raises:
+        UserError: It is damaged, or was written by a newer format; it does not name the sample.
     """
-    groups = np.frombuffer(counts.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
-    if groups.size == 0 or groups.min() < 0 or groups.max() > 63 or groups[-1] & 32:
-        return None
-    ends = np.flatnonzero(groups & 32 == 0)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > 8:  # no image has as many pixels
-        return None
-    shifts = 5 * (np.arange(groups.size) - np.repeat(starts, lengths))
-    runs = np.add.reduceat((groups & 31) << shifts, starts)
-    runs -= (groups[ends] >> 4 & 1) << (5 * lengths)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs
+    try:
+        record = read_json(data, MAX_RECORD)
+    except UserError as error:
+        raise UserError(f"its json is damaged: {error}") from error
+    missing = {"version", "targets", "looked_for", "provenance"} - record.keys()
+    if missing:
+        raise UserError(f"its json lacks '{min(missing)}'")
+    if not is_count(record["version"]):
+        raise UserError(f"its format is {show(record['version'])}, which is no number")
+    if record["version"] > FORMAT_VERSION:
+        raise UserError(f"it has format {show(record['version'])}, newer than {FORMAT_VERSION}: update sam-trainer")
+    if not isinstance(record["targets"], list):
+        raise UserError("its targets are no list")
+    targets = tuple(_from_record(Target, item, "target") for item in record["targets"])
+    for target in targets:
+        _check_target(target)
+    looked_for = tuple(record["looked_for"]) if isinstance(record["looked_for"], list) else record["looked_for"]
+    _check_terms(looked_for, "looked_for")
+    provenance = _from_record(Provenance, record["provenance"], "provenance")
+    _check_provenance(provenance)
+    return targets, looked_for, provenance
 
 
-def _from_record(cls: type, record: Mapping[str, Any]) -> Any:
+def _from_record(cls: type, record: Any, what: str) -> Any:
     """Build a dataclass from JSON: lists become tuples, keys of a later minor version are ignored."""
-    known = {item.name for item in fields(cls)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
-    return cls(**{name: value for name, value in values.items() if name in known})
+    if not isinstance(record, dict):
+        raise UserError(f"its {what} is no object")
+    values = {}
+    for item in fields(cls):
+        if item.name in record:
+            value = record[item.name]
+            values[item.name] = tuple(value) if isinstance(value, list) else value
+        elif item.default is item.default_factory is MISSING:
+            raise UserError(f"its {what} lacks '{item.name}'")
+    return cls(**values)
 
 
-def _fits_png(image: np.ndarray) -> bool:
-    if image.ndim == 3:
-        return image.dtype == np.uint8 and image.shape[2] == 3
-    return image.dtype in (np.uint8, np.uint16)
+def _check_target(target: Target) -> None:
+    place = f"its target {show(target.term)}"
+    if not is_text(target.term) or not target.term:
+        raise UserError(f"{place} has no term")
+    if not (is_tuple(target.size, 2) and all(is_count(length) and length > 0 for length in target.size)):
+        raise UserError(f"{place} has size {show(target.size)}; (H, W) is needed")
+    height, width = target.size
+    if not isinstance(target.counts, str):
+        raise UserError(f"{place} has no run lengths")
+    box = target.box
+    if not (is_tuple(box, 4) and all(map(is_count, box)) and box[0] <= box[2] < width and box[1] <= box[3] < height):
+        raise UserError(f"{place} has box {show(box)}; (x0, y0, x1, y1) inside of {height} x {width} pixels is needed")
+    if not (is_count(target.area) and target.area <= height * width):
+        raise UserError(f"{place} has area {show(target.area)}; 0 to {height * width} is needed")
+    _check_terms(target.synonyms, f"{place}: synonyms")
+    if target.kind not in KINDS:
+        raise UserError(f"{place} has kind {show(target.kind)}; known: {', '.join(KINDS)}")
 
 
-def _encode_png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", compress_level=6)
-    return buffer.getvalue()
+def _check_provenance(origin: Provenance) -> None:
+    for name in ("dataset", "patient", "volume", "modality", "source_sha256", "axis"):
+        if not is_text(getattr(origin, name)):
+            raise _refused(name, getattr(origin, name))
+    for name in ("previous", "next"):
+        if not (getattr(origin, name) is None or is_key(getattr(origin, name))):
+            raise _refused(name, getattr(origin, name))
+    if not (origin.slice_index is None or is_count(origin.slice_index)):
+        raise _refused("slice_index", origin.slice_index)
+    if not (origin.patch is None or (is_tuple(origin.patch, 2) and all(map(is_count, origin.patch)))):
+        raise _refused("patch", origin.patch)
+    if not (origin.spacing is None or (is_tuple(origin.spacing, 2) and all(map(is_length, origin.spacing)))):
+        raise _refused("spacing", origin.spacing)
+    if not (origin.slice_spacing is None or is_length(origin.slice_spacing)):
+        raise _refused("slice_spacing", origin.slice_spacing)
+    if origin.split_unit not in SPLIT_UNITS:
+        raise _refused("split_unit", origin.split_unit)
+    if not isinstance(origin.intensity, Mapping):
+        raise _refused("intensity", origin.intensity)
+    try:
+        json.dumps(dict(origin.intensity), allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, TypeError):  # infinite, or text that is no UTF-8
+        raise _refused("intensity", origin.intensity) from None
 
 
-def _decode_png(data: bytes) -> np.ndarray:
-    image = Image.open(io.BytesIO(data), formats=["PNG"])
-    array = np.asarray(image)
-    return array.astype(np.uint16) if image.mode.startswith("I") else array
+def _check_sizes(triplet: Triplet) -> None:
+    for target in triplet.targets:
+        if target.size != triplet.image.shape[:2]:
+            raise UserError(f"the mask of '{target.term}' has size {target.size}, its image {triplet.image.shape[:2]}")
 
 
-def _encode_npy(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, image, allow_pickle=False)
-    return buffer.getvalue()
+def _check_terms(terms: Any, what: str) -> None:
+    if not (isinstance(terms, tuple) and all(is_text(term) and term for term in terms)):
+        raise UserError(f"{what} must be a list of terms, got {show(terms)}")
 
 
-def _decode_npy(data: bytes) -> np.ndarray:
-    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-    return array
-
-
-_ENCODERS: dict[str, Callable[[np.ndarray], bytes]] = {"image.png": _encode_png, "image.npy": _encode_npy}
-_DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {"image.png": _decode_png, "image.npy": _decode_npy}
-
-IMAGE_EXTENSIONS = tuple(_DECODERS)
-"""Extensions of the members that can be a sample's image."""
+def _refused(name: str, value: Any) -> UserError:
+    return UserError(f"its provenance has the {name} {show(value)}")

@@ -28,6 +28,16 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real images; without it the test is skipped."""
+    default = REPOSITORY / ".." / "shared" / "data"
+    folder = Path(os.environ.get("SAM_TRAINER_TEST_DATA", default))
+    if not folder.is_dir():
+        pytest.skip("no real images: set SAM_TRAINER_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of one volume with a bright disc in noise: 12 slices to train on, 6 to test on, 48 × 40 px."""
     folder = tmp_path_factory.mktemp("tiny")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from data_shards.spec import load_spec
+
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
 
@@ -52,6 +54,14 @@ def test_named_files_exist():
         assert (REPOSITORY / path).is_file(), path
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
         assert (REPOSITORY / path).is_file(), path
+
+
+def test_the_specs_shown_are_specs(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        (tmp_path / "spec.yaml").write_text(block)
+        assert load_spec(tmp_path / "spec.yaml").targets
 
 
 def test_make_alone_says_what_there_is():

@@ -14,44 +14,36 @@ from typing import Any
 import numpy as np
 
 from data_shards.errors import UserError
+from data_shards.readers.axes import pick_channels, turn_to_lps
 from data_shards.readers.base import Role, Volume, register
 
 
 @register(".nii", ".nii.gz")
-def read_nifti(path: Path, role: Role) -> Volume:
+def read_nifti(path: Path, role: Role, channels: list[int] | None = None) -> Volume:
     """Read a NIfTI file and turn it to LPS by the nearest right-angled rotation of its affine; nothing is resampled.
 
     Values keep their dtype unless the header scales them (``scl_slope``, ``scl_inter``), which gives float32.
 
     Args:
         path: The file.
-        role: Unused: one file holds one volume.
+        role: Of a mask, the whole file is taken.
+        channels: Which channels of an image with a fourth axis, from 0: one, or three to become red, green and blue.
 
     Raises:
-        UserError: The affine does not say which way is up.
+        UserError: The affine does not say which way is up, or there are several channels and none were chosen.
     """
-    from nibabel import orientations
-
     image = _load(path)
-    affine = image.affine
-    # A singular affine leaves an axis without a direction.
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise UserError(f"{path}: its affine is not invertible, so its orientation is unknown: repair the header")
     array = _stored_values(image.dataobj)
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    if array.ndim != 3:
-        raise UserError(f"{path}: the {role} has shape {array.shape}; a volume of slices (Z, Y, X) is needed")
-    turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt("LPS"))
-    zooms = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    # Row i of `turn` names the axis that file axis i becomes.
-    spacing_xyz = zooms[np.argsort(turn[:, 0])]
-    turned = affine @ orientations.inv_ornt_aff(turn, array.shape)
-    array = orientations.apply_orientation(array, turn).transpose(2, 1, 0)
+    if array.ndim == 4 and role == "image" and channels is not None:
+        array = pick_channels(path, array, channels)
+    elif array.ndim != 3:
+        hint = "" if role == "mask" or array.ndim != 4 else " (or choose one, as in reader: {channels: [0]})"
+        raise UserError(f"{path}: the {role} has shape {array.shape}; a volume of slices (Z, Y, X) is needed{hint}")
     if array.dtype.names:  # RGB is stored as a record of bytes
         array = np.stack([array[name] for name in array.dtype.names[:3]], axis=-1)
-    x, y, z = (float(value) for value in spacing_xyz)
-    return Volume(np.ascontiguousarray(array), (z, y, x), turned)
+    return turn_to_lps(path, array, image.affine)
 
 
 def _load(path: Path) -> Any:

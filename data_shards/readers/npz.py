@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ def read_npz(
     path: Path, role: Role, image_key: str = "imgs", mask_key: str = "gts", spacing_key: str = "spacing"
 ) -> Volume:
     """Read one array of an npz file. Arrays are taken as (Z, Y, X) already; nothing is turned.
+
+    Of a picture, labels (Y, X) with an image (Y, X) or (Y, X, 3), they become the one slice.
 
     Args:
         path: The file.
@@ -41,4 +44,10 @@ def read_npz(
                 raise UserError(f"{path}: '{spacing_key}' has {values.size} numbers, expected (x, y, z)")
             x, y, z = (float(value) for value in values)
             spacing = (z, y, x)
-    return Volume(array, spacing)
+        flat = array.ndim == 2 or (array.shape[2:] == (3,) and _has_flat_labels(content, mask_key))
+    return Volume(array[np.newaxis] if flat else array, spacing, flat=flat)
+
+
+def _has_flat_labels(content: Mapping[str, np.ndarray], mask_key: str) -> bool:
+    """Whether the labels are (Y, X), so that an image (Y, X, 3) has three channels, and not three columns."""
+    return mask_key in content and content[mask_key].ndim == 2

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -23,13 +22,3 @@ def corpus(built: Path, tmp_path: Path) -> Path:
     """A copy of `built` that a test may damage."""
     shutil.copytree(built, tmp_path / "corpus")
     return tmp_path / "corpus"
-
-
-@pytest.fixture(scope="session")
-def test_data() -> Path:
-    """The folder of real images; without it the test is skipped."""
-    default = Path(__file__).parents[2] / ".." / "shared" / "data"
-    folder = Path(os.environ.get("SAM_TRAINER_TEST_DATA", default))
-    if not folder.is_dir():
-        pytest.skip("no real images: set SAM_TRAINER_TEST_DATA")
-    return folder

@@ -17,6 +17,7 @@ from data_shards.build import build
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
 from data_shards.preprocessing import Window
+from data_shards.stage import locked, work_folder
 from data_shards.triplet import Triplet
 from data_shards.verify import verify
 
@@ -44,11 +45,11 @@ def test_samples_hold_the_slices_of_the_volume(tmp_path: Path) -> None:
         number = triplet.provenance.slice_index
         assert number is not None and triplet.key.endswith(f"-a{number:05d}")
         np.testing.assert_array_equal(triplet.image, window.apply(image)[number])
-        assert [target.term for target in triplet.targets] == ["left kidney", "renal cyst"][: 1 + (number == 4)]
+        assert [target.term for target in triplet.targets] == ["left kidney", "kidney cyst"][: 1 + (number == 4)]
         for target, value in zip(triplet.targets, (1, 2), strict=False):
             np.testing.assert_array_equal(target.mask(), labels[number] == value)
-        assert triplet.looked_for == ("left kidney", "renal cyst")
-        assert triplet.targets[0].synonyms == ("kidney, left",)
+        assert triplet.looked_for == ("left kidney", "kidney cyst")
+        assert triplet.targets[0].synonyms[0] == "kidney, left"
 
 
 def test_provenance_says_where_and_how_but_not_who(tmp_path: Path) -> None:
@@ -127,25 +128,58 @@ def test_slabs_keep_their_guard_in_every_volume(tmp_path: Path) -> None:
     assert list(places["test"].values()) == [[4, 5]] * 2
 
 
-def test_explicit_split_and_its_warning(tmp_path: Path) -> None:
-    make_inputs(tmp_path, cases=2)
-    cases = [
-        {"image": f"imgs/PAT{n}_scan.nii.gz", "mask": f"gts/PAT{n}_scan_seg.nii.gz", "patient": "same", "split": split}
-        for n, split in enumerate(("train", "test"))
+def explicit_cases(patients: list[str | None]) -> list[dict]:
+    """A case of each patient in turn; the first half of them to train on."""
+    return [
+        {
+            "image": f"imgs/PAT{n}_scan.nii.gz",
+            "mask": f"gts/PAT{n}_scan_seg.nii.gz",
+            "patient": patient,
+            "split": "train" if n < len(patients) / 2 else "test",
+        }
+        for n, patient in enumerate(patients)
     ]
-    result = build(write_spec(tmp_path / "s.yaml", cases=cases, split={"kind": "explicit"}), tmp_path / "out")
-    assert result.warnings == ("1 of 1 patients are in more than one split: scores will flatter",)
-    assert result.manifest["notes"] == list(result.warnings)
+
+
+def test_a_patient_in_two_splits_is_refused_and_named(tmp_path: Path) -> None:
+    make_inputs(tmp_path, cases=8)
+    names = ["Ann", "Bob", "Cem", "Dan"]
+    path = write_spec(tmp_path / "s.yaml", cases=explicit_cases([*names, *names[::-1]]), split={"kind": "explicit"})
+    with pytest.raises(UserError) as caught:
+        build(path, tmp_path / "out")
+    assert str(caught.value) == (
+        f"{path}: split: patients in more than one split, which would flatter every score: 'Ann' (test, train), "
+        "'Bob' (test, train), 'Cem' (test, train) and 1 more: give all cases of a patient one split"
+    )
+    assert not (tmp_path / "out").exists()
+    path = write_spec(path, cases=explicit_cases(["a", "a", "b", "b"]), split={"kind": "explicit"})
+    result = build(path, tmp_path / "out")
+    assert {name: split["patients"] for name, split in result.manifest["splits"].items()} == {"train": 1, "test": 1}
+    assert result.manifest["notes"] == []
+
+
+def test_where_no_patient_is_known_the_manifest_says_so(tmp_path: Path) -> None:
+    make_inputs(tmp_path, cases=4)
+    for patients, note in [
+        ([None] * 4, "no patient is known: split by image, and images of one patient may be in several splits"),
+        ([None, "a", "b", "b"], "the patient of 1 case is not known: split by image, and images of one patient may be "
+         "in several splits"),
+    ]:  # fmt: skip
+        path = write_spec(tmp_path / "s.yaml", cases=explicit_cases(patients), split={"kind": "explicit"})
+        manifest = build(path, tmp_path / "out", overwrite=True).manifest
+        assert manifest["notes"] == [note]
+        unknown = [source for source in manifest["sources"] if not source.get("patient_known", True)]
+        assert len(unknown) == patients.count(None)
 
 
 def test_small_targets_are_dropped_counted_and_not_negatives(tmp_path: Path) -> None:
     result = build(make_inputs(tmp_path, slices={"min_area": 2}), tmp_path / "out")
-    assert result.manifest["dropped_below_min_area"] == {"renal cyst": 4}
+    assert result.manifest["dropped_targets"] == {"kidney cyst": 4}
     found = [*samples(tmp_path / "out", "train"), *samples(tmp_path / "out", "test")]
     assert all(target.term == "left kidney" for triplet in found for target in triplet.targets)
     for triplet in found:
         both = triplet.provenance.slice_index != 4
-        assert triplet.looked_for == (("left kidney", "renal cyst") if both else ("left kidney",))
+        assert triplet.looked_for == (("left kidney", "kidney cyst") if both else ("left kidney",))
 
 
 def test_slices_start_stop_step_and_negatives(tmp_path: Path) -> None:
@@ -153,7 +187,7 @@ def test_slices_start_stop_step_and_negatives(tmp_path: Path) -> None:
     build(make_inputs(tmp_path, cases=2, slices=slices), tmp_path / "out")
     found = samples(tmp_path / "out", "test")
     assert [(t.provenance.slice_index, len(t.targets)) for t in found] == [(1, 0), (4, 2), (7, 1)]
-    assert found[0].looked_for == ("left kidney", "renal cyst")
+    assert found[0].looked_for == ("left kidney", "kidney cyst")
 
 
 @pytest.mark.parametrize("dtype", ["int16", "uint64", "float32", "bool"])
@@ -304,7 +338,7 @@ def fail_after(calls: int, error: BaseException) -> object:
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("bug")])
 @pytest.mark.parametrize("place", ["tarfile.TarFile.addfile", "os.fsync", "data_shards.manifest.write"])
 @pytest.mark.parametrize("before", [False, True])
-def test_a_failed_build_leaves_nothing(
+def test_a_failed_build_leaves_nothing_but_finished_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException, before: bool
 ) -> None:
     path = make_inputs(tmp_path / "in")
@@ -313,14 +347,26 @@ def test_a_failed_build_leaves_nothing(
         build(path, out)
         write_spec(path, slices={"step": 2})
     state = tree(tmp_path)
+    error = type(error)(*error.args)  # with no notes of another test
     monkeypatch.setattr(place, fail_after(3 if "addfile" in place else 0, error))
     with pytest.raises(UserError if isinstance(error, OSError) else type(error)) as caught:
         build(path, out, overwrite=True)
     if isinstance(error, OSError):
         assert str(caught.value) == f"{out}: cannot be written (No space left on device): choose another --out"
-    assert tree(tmp_path) == state and (tmp_path / "made").exists() == before
+    kept = 2 if "manifest" in place else 0
+    work = out.with_name(".out.partial")
+    told = f"2 of 2 blocks are finished and kept in {work}: the same command goes on from there"
+    assert getattr(caught.value, "__notes__", []) == ([told] if kept else [])
+    left = {name: value for name, value in tree(tmp_path).items() if ".out.partial" not in name}
+    if kept and not before:
+        assert left.keys() - state.keys() == {"made", "made/deep"}
+    else:
+        assert left == state and (tmp_path / "made").exists() == before
+    assert work.exists() == bool(kept)
     monkeypatch.undo()
-    assert not build(path, out, overwrite=True).reused
+    again = build(path, out, overwrite=True)
+    assert not again.reused and again.effort.resumed == kept
+    assert [entry.name for entry in out.parent.iterdir()] == ["out"]
 
 
 def test_a_failed_swap_puts_the_old_corpus_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,14 +377,14 @@ def test_a_failed_swap_puts_the_old_corpus_back(tmp_path: Path, monkeypatch: pyt
     rename = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
-        if self.name.endswith(".partial") and Path(target).name == "out":
+        if self.name == "corpus" and Path(target).name == "out":
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(UserError, match=r"cannot be written \(Input/output error\)"):
         build(path, tmp_path / "out", overwrite=True)
-    assert tree(tmp_path) == state
+    assert {name: value for name, value in tree(tmp_path).items() if ".out.partial" not in name} == state
 
 
 WAITING = """
@@ -347,54 +393,83 @@ from pathlib import Path
 import data_shards.build
 from data_shards.cli import main
 
-def wait(*_):
+def wait(*_, **__):
     Path(sys.argv[1]).touch()
     time.sleep(60)
 
-data_shards.build.write_index = wait
-sys.exit(main(["build", *sys.argv[2:]]))
+setattr(sys.modules[sys.argv[2].rpartition(".")[0]], sys.argv[2].rpartition(".")[2], wait)
+sys.exit(main(["build", *sys.argv[3:]]))
 """
 
 
-def start_and_signal(tmp_path: Path, path: Path, number: int) -> subprocess.Popen[str]:
-    """Start a build, send it a signal once the shards are written, and wait for its end."""
+def start_and_signal(tmp_path: Path, path: Path, number: int, place: str) -> subprocess.Popen[str]:
+    """Start a build, send it a signal when it comes to a function, and wait for its end."""
     begun = tmp_path / "in" / f"begun{number}"
-    command = [sys.executable, "-c", WAITING, str(begun), str(path), "--out", str(tmp_path / "new" / "out")]
+    command = [sys.executable, "-c", WAITING, str(begun), place, str(path), "--out", str(tmp_path / "new" / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + 30
     while not begun.exists() and time.monotonic() < limit:
         time.sleep(0.02)
-    assert begun.exists() and len(list((tmp_path / "new").glob(".out.*.partial"))) >= 1
+    assert begun.exists() and (tmp_path / "new" / ".out.partial").exists()
     process.send_signal(number)
     process.wait(30)
     return process
 
 
-def test_a_terminated_build_leaves_nothing(tmp_path: Path) -> None:
-    process = start_and_signal(tmp_path, make_inputs(tmp_path / "in"), signal.SIGTERM)
+def test_a_build_terminated_before_its_first_block_leaves_nothing(tmp_path: Path) -> None:
+    process = start_and_signal(tmp_path, make_inputs(tmp_path / "in"), signal.SIGTERM, "data_shards.blocks.write_index")
     assert process.returncode == 128 + signal.SIGTERM and process.communicate()[1] == ""
     assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
 
 
-def test_what_a_killed_build_left_goes_with_the_next_build_but_not_what_lives(tmp_path: Path) -> None:
+def test_a_terminated_build_goes_on_from_its_blocks(tmp_path: Path) -> None:
+    path, out = make_inputs(tmp_path / "in"), tmp_path / "new" / "out"
+    process = start_and_signal(tmp_path, path, signal.SIGTERM, "data_shards.build.join")
+    assert process.returncode == 128 + signal.SIGTERM
+    work = out.with_name(".out.partial")
+    assert process.communicate()[1] == (
+        f"data-shards: 2 of 2 blocks are finished and kept in {work}: the same command goes on from there\n"
+    )
+    assert [entry.name for entry in out.parent.iterdir()] == [".out.partial"]
+    assert build(path, out).effort.resumed == 2
+    assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+
+
+def test_what_a_killed_build_left_serves_only_the_same_spec(tmp_path: Path) -> None:
     path = make_inputs(tmp_path / "in")
-    process = start_and_signal(tmp_path, path, signal.SIGKILL)
+    process = start_and_signal(tmp_path, path, signal.SIGKILL, "data_shards.build.join")
     assert process.returncode == -signal.SIGKILL
     assert process.communicate()[1] == "" and not (tmp_path / "new" / "out").exists()
-    assert len(list((tmp_path / "new").iterdir())) == 1
-    from data_shards.build import _locked
+    (tmp_path / "new" / ".other.partial").mkdir()
+    other = write_spec(path.with_name("other.yaml"), slices={"step": 2})
+    result = build(other, tmp_path / "new" / "out")
+    assert result.effort.resumed == 0 and verify(tmp_path / "new" / "out").problems == []
+    assert sorted(entry.name for entry in (tmp_path / "new").iterdir()) == [".other.partial", "out"]
 
-    alive = tmp_path / "new" / ".out.0123.partial"
-    alive.mkdir()
-    (tmp_path / "new" / ".other.0123.partial").mkdir()
-    with _locked(alive):
-        build(path, tmp_path / "new" / "out")
-    names = sorted(entry.name for entry in (tmp_path / "new").iterdir())
-    assert names == [".other.0123.partial", alive.name, "out"]
+
+def test_two_builds_of_one_corpus_at_once_are_refused(tmp_path: Path) -> None:
+    path, out = make_inputs(tmp_path / "in"), tmp_path / "out"
+    with locked(work_folder(out), ""):
+        state = tree(tmp_path)
+        with pytest.raises(UserError, match="out: another build of it is running: wait for it"):
+            build(path, out)
+        assert tree(tmp_path) == state
+        assert build(path, tmp_path / "other").out.exists()
+    assert build(path, out).effort.resumed == 0
+
+
+def test_a_corpus_taken_away_by_a_killed_swap_comes_back(tmp_path: Path) -> None:
+    path, out = make_inputs(tmp_path / "in"), tmp_path / "out"
+    build(path, out)
+    state = tree(out)
+    work_folder(out).mkdir()
+    out.rename(work_folder(out) / "old")
+    assert build(path, out).reused and tree(out) == state
+    assert not work_folder(out).exists()
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    path = make_inputs(tmp_path / "in")
+    path = make_inputs(tmp_path / "in", split={"kind": "external"})  # one block
     broken = tmp_path / "in" / "imgs" / "PAT3_scan.nii.gz"
     os.truncate(broken, broken.stat().st_size // 2)
     with pytest.raises(UserError, match=r"PAT3_scan\.nii\.gz: cannot be read, is it complete"):
@@ -406,7 +481,7 @@ def test_manifest_is_readable_and_complete(tmp_path: Path) -> None:
     result = build(make_inputs(tmp_path / "in"), tmp_path / "out")
     content = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert content == result.manifest
-    assert content["splits"]["train"]["targets"] == {"left kidney": 12, "renal cyst": 2}
+    assert content["splits"]["train"]["targets"] == {"left kidney": 12, "kidney cyst": 2}
     assert (content["licence"], content["cite"]) == ("test", "nobody")
     assert {"numpy", "nibabel"} <= content["versions"].keys() and len(content["sources"]) == 4
     for name, info in content["splits"].items():

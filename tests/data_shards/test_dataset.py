@@ -147,7 +147,7 @@ def test_a_sample_that_cannot_be_decoded_is_one_line_from_a_worker_too(tmp_path:
     with ShardWriter(tmp_path, 5, 2**20) as writer:
         writer.write("toy-0", {**make(values("uint8")).encode(), "image.png": b"no picture"})
     write_index(tmp_path)
-    expected = r"^sample 'toy-0' cannot be decoded \(UnidentifiedImageError: cannot identify image file .*\)$"
+    expected = f"^{tmp_path}/shard-000000.tar: sample 'toy-0': its image.png is no PNG$"
     with pytest.raises(UserError, match=expected):
         ShardDataset(tmp_path)[0]
     with pytest.raises(UserError, match=expected):

@@ -15,6 +15,9 @@ from data_shards import inspect
 from data_shards.build import build
 from data_shards.cli import main
 from data_shards.errors import UserError
+from data_shards.index import write_index
+from data_shards.triplet import Target, Triplet
+from data_shards.writer import ShardWriter
 
 
 def words(text: str) -> list[list[str]]:
@@ -34,8 +37,8 @@ def test_tables(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert [name, "20", "2", "1", size, "24 x 20 uint8", dataset.index.sha256[:12]] in rows
         areas = sorted(target.area for t in dataset for target in t.targets if target.term == "left kidney")
         median = f"{np.median(areas):.0f}"
-        assert [name, "left kidney", "12", str(areas[0]), median, str(areas[-1])] in rows
-        assert [name, "renal cyst", "2", "1", "1", "1"] in rows
+        assert [name, "left kidney", "12", "8", str(areas[0]), median, str(areas[-1])] in rows
+        assert [name, "kidney cyst", "2", "18", "1", "1", "1"] in rows
 
 
 def test_one_split_is_enough(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,8 +54,8 @@ def test_sample(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, text.splitlines())) <= 80
     rows = dict(row for row in words(text) if row[0])
     assert rows["key"] == triplet.key and rows["spacing"] == "(0.75, 0.5)" and rows["slice_index"] == "4"
-    assert rows["target"].startswith("renal cyst: semantic, 1 px, box (18, 20, 18, 20)")
-    assert rows["looked for"] == "left kidney, renal cyst"
+    assert rows["target"].startswith("kidney cyst (also: renal cyst): semantic, 1 px, box (18, 20,")
+    assert rows["looked for"] == "left kidney, kidney cyst"
     assert triplet.provenance.source_sha256 in "".join(row[1] for row in words(text))
 
 
@@ -129,6 +132,65 @@ def test_pixels_are_drawn_as_tall_as_they_are_in_mm(tmp_path: Path) -> None:
     black = pixels[:, : pixels.shape[1] // 2] < 10
     height, width = (black.mean(axis=axis).max() * black.shape[axis] for axis in (0, 1))
     assert height / width == pytest.approx((10 * 2.0) / (20 * 0.5), rel=0.03)
+
+
+def nuclei() -> Triplet:
+    """An RGB image, red left and blue right, with a semantic target and instances of one term, and another term."""
+    image = np.zeros((30, 40, 3), np.uint8)
+    image[:, :20, 0] = image[:, 20:, 2] = 200
+    masks = np.zeros((7, 30, 40), np.uint8)
+    for number in range(7):
+        masks[number, 4 * number : 4 * number + 2, 3:6] = 1
+    targets = [Target.from_mask(masks.any(axis=0), "cell nucleus"), Target.from_mask(masks[0], "tumour")]
+    targets += [Target.from_mask(mask, "cell nucleus", (), "instance") for mask in masks]
+    triplet = make(np.zeros((30, 40), np.uint8), masks=0)
+    looked_for = ("cell nucleus", "tumour", "fat")
+    return replace(triplet, image=image, targets=tuple(targets), looked_for=looked_for)
+
+
+def test_instances_are_counted_once_in_the_title() -> None:
+    triplet = nuclei()
+    assert inspect.title(triplet) == "cell nucleus ×7, tumour"
+    assert inspect.title(replace(triplet, targets=triplet.targets[:2])) == "cell nucleus, tumour"
+    assert inspect.title(replace(triplet, targets=())) == "no target"
+
+
+def test_tables_tell_instances_from_semantic_targets_and_count_negatives(tmp_path: Path) -> None:
+    triplet = nuclei()
+    with ShardWriter(tmp_path / "train", 10, 2**20) as writer:
+        writer.write("toy-1", triplet.encode())
+        writer.write("toy-2", replace(triplet, key="toy-2", targets=triplet.targets[1:2]).encode())
+    write_index(tmp_path / "train")
+    output = io.StringIO()
+    inspect.show_corpus(inspect.open_splits(tmp_path), Console(file=output, width=100))
+    rows = words(output.getvalue())
+    assert ["train", "cell nucleus", "1", "1", "42", "42", "42"] in rows
+    assert ["train", "cell nucleus (instances)", "7", "1", "6", "6", "6"] in rows
+    assert ["train", "tumour", "2", "0", "6", "6", "6"] in rows
+    assert ["train", "fat", "0", "2", "", "", ""] in rows
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_colours_are_drawn_as_they_are(tmp_path: Path, dtype: str) -> None:
+    triplet = nuclei()
+    scale = 1 if dtype == "uint8" else 100
+    inspect.draw_sample(
+        replace(triplet, image=triplet.image.astype(dtype) * np.array(scale, dtype), targets=()), tmp_path / "a.png"
+    )
+    left = np.array_split(picture(tmp_path / "a.png").astype(int), 2, axis=1)[0]
+    red = (left[..., 0] > 180) & (left[..., 1:] < 30).all(axis=2)
+    blue = (left[..., 2] > 180) & (left[..., :2] < 30).all(axis=2)
+    assert red.sum() > 5000 and blue.sum() > 5000
+    assert np.nonzero(red)[1].mean() < np.nonzero(blue)[1].mean()
+
+
+def test_instances_are_drawn_in_several_colours(tmp_path: Path) -> None:
+    triplet = replace(nuclei(), image=np.zeros((30, 40), np.uint8), targets=nuclei().targets[2:])
+    inspect.draw_sample(triplet, tmp_path / "a.png")
+    right = np.array_split(picture(tmp_path / "a.png").astype(int), 2, axis=1)[1]
+    for colour in inspect._COLOURS:
+        wanted = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+        assert (np.abs(right - wanted).max(axis=2) < 12).sum() > 20, colour
 
 
 def test_a_blank_image_is_drawn(tmp_path: Path) -> None:

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from data_shards.errors import UserError
-from data_shards.preprocessing import MinMax, Native, Percentiles, Window, check_finite, cut
+from data_shards.preprocessing import (
+    WINDOWS,
+    Colour,
+    MinMax,
+    Native,
+    Percentiles,
+    Window,
+    check_finite,
+    cut,
+    place_of,
+    slices_of,
+)
 from data_shards.readers import Volume
 
 
@@ -18,6 +29,54 @@ def test_window_matches_the_formula_and_reports_its_bounds() -> None:
     assert json.loads(json.dumps(rescale.provenance())) == {
         "kind": "window", "low": -160.0, "high": 240.0, "range": [0, 255]
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("soft_tissue", -160, 240),
+        ("lung", -910, 590),
+        ("brain", 0, 80),
+        ("bone", -500, 1300),
+        ("mediastinum", -125, 225),
+    ],
+)
+def test_named_windows(name: str, low: float, high: float) -> None:
+    rescale = Window(name=name).fit(np.zeros(1))
+    assert (rescale.low, rescale.high) == (low, high)
+    assert set(WINDOWS) == {"soft_tissue", "lung", "brain", "bone", "mediastinum"}
+
+
+def test_percentiles_are_those_of_the_paper_s_code() -> None:
+    """MedSAM's preprocessing of an MR volume, written down from its formula: clip, stretch, background stays 0."""
+    rng = np.random.default_rng(1)
+    volume = rng.gamma(2, 100, (3, 40, 40)) * (rng.random((3, 40, 40)) > 0.4)
+    low, high = np.percentile(volume[volume > 0], [0.5, 99.5])
+    expected = (np.clip(volume, low, high) - low) / (high - low) * 255
+    np.testing.assert_allclose(Percentiles().apply(volume), expected, atol=0.51)  # rounded, not cut off
+
+
+def test_colours_are_kept_where_they_are_in_range() -> None:
+    colours = np.random.default_rng(0).integers(0, 200, (1, 4, 5, 3))
+    np.testing.assert_array_equal(Colour().apply(colours.astype(np.uint8)), colours)
+    for dtype in (np.uint16, np.float64):
+        stored = Colour().apply(colours.astype(dtype))
+        np.testing.assert_array_equal(stored, colours)
+        assert stored.dtype == np.uint8
+    unit = Colour().apply(colours / colours.max())  # 0–1 would be black
+    assert unit.max() == 255 and Colour().apply(colours * 100).max() == 255
+    assert Colour().apply(colours - 50.0).min() == 0
+
+
+@pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
+def test_a_box_lies_among_the_slices_where_it_lies_in_the_volume(axis) -> None:
+    volume = np.zeros((7, 8, 9), int)
+    box = np.arange(1, 1 + 2 * 3 * 4).reshape(2, 3, 4)
+    volume[4:6, 1:4, 3:7] = box
+    first, top, left = place_of((4, 1, 3), box.shape, volume.shape, axis)
+    slices, cut_box = slices_of(volume, axis), slices_of(box, axis)
+    n, h, w = cut_box.shape
+    np.testing.assert_array_equal(slices[first : first + n, top : top + h, left : left + w], cut_box)
 
 
 def test_percentiles_leave_background_out() -> None:

@@ -81,14 +81,21 @@ def test_nifti_rgb(tmp_path: Path) -> None:
     volume = read_volume(tmp_path / "a.nii")
     assert volume.array.shape == (4, 3, 2, 3)
     assert volume.array[0, 0, 0].tolist() == [10, 0, 30]
-    with pytest.raises(UserError, match="the mask has shape"):
-        read_mask(tmp_path / "a.nii")
+    assert read_mask(tmp_path / "a.nii").array.shape == (4, 3, 2, 3)
 
 
 def test_nifti_of_wrong_dimension_or_affine(tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(np.zeros((2, 3, 4, 5), np.uint8), LPS_AFFINE), tmp_path / "4d.nii")
     with pytest.raises(UserError, match=r"4d\.nii: the image has shape \(2, 3, 4, 5\)"):
         read_volume(tmp_path / "4d.nii")
+    with pytest.raises(UserError, match="there is no channel 5, only 0 to 4"):
+        read_volume(tmp_path / "4d.nii", channels=[5])
+    several = np.arange(120, dtype=np.uint8).reshape(2, 3, 4, 5)
+    nibabel.save(nibabel.Nifti1Image(several, LPS_AFFINE), tmp_path / "several.nii")
+    volume = read_volume(tmp_path / "several.nii", channels=[2])
+    np.testing.assert_array_equal(volume.array, several[..., 2].transpose(2, 1, 0))
+    volume = read_volume(tmp_path / "several.nii", channels=[4, 0, 1])
+    np.testing.assert_array_equal(volume.array, several[..., [4, 0, 1]].transpose(2, 1, 0, 3))
     flat = nibabel.Nifti1Image(np.zeros((2, 3, 4), np.uint8), None)
     flat.header["sform_code"], flat.header["srow_z"] = 1, 0
     flat.header["srow_x"], flat.header["srow_y"] = [1, 0, 0, 0], [0, 1, 0, 0]
@@ -111,6 +118,19 @@ def test_npz_default_and_named_keys(tmp_path: Path) -> None:
     volume = read_volume(tmp_path / "b.npz", image_key="ct")
     np.testing.assert_array_equal(volume.array, imgs)
     assert volume.spacing is None
+
+
+def test_npz_of_a_picture(tmp_path: Path) -> None:
+    rgb, labels = np.arange(36, dtype=np.uint8).reshape(3, 4, 3), np.ones((3, 4), np.uint8)
+    np.savez(tmp_path / "a.npz", imgs=rgb, gts=labels)
+    image, mask = read_volume(tmp_path / "a.npz"), read_mask(tmp_path / "a.npz")
+    np.testing.assert_array_equal(image.array, rgb[np.newaxis])
+    np.testing.assert_array_equal(mask.array, labels[np.newaxis])
+    assert image.flat and mask.flat
+    np.savez(tmp_path / "b.npz", imgs=rgb[..., 0], gts=labels)
+    assert read_volume(tmp_path / "b.npz").array.shape == (1, 3, 4) and read_volume(tmp_path / "b.npz").flat
+    np.savez(tmp_path / "c.npz", imgs=rgb, gts=np.ones((3, 4, 3), np.uint8))  # a volume of three columns
+    assert read_volume(tmp_path / "c.npz").array.shape == (3, 4, 3) and not read_volume(tmp_path / "c.npz").flat
 
 
 def test_npz_missing_key_lists_those_present(tmp_path: Path) -> None:
@@ -188,12 +208,12 @@ def test_missing_unknown_and_misspelt(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.nii: no such file"):
         read_volume(tmp_path / "none.nii")
     (tmp_path / "a.xyz").touch()
-    with pytest.raises(UserError, match=r"a\.xyz: no reader for '\.xyz' files; known: \.nii, \.nii\.gz, \.npz"):
+    with pytest.raises(UserError, match=r"a\.xyz: no reader for '\.xyz' files; known: .*\.nii, \.nii\.gz, \.npz"):
         read_volume(tmp_path / "a.xyz")
-    np.savez(tmp_path / "a.npz", imgs=np.zeros((2, 3)))
+    np.savez(tmp_path / "a.npz", imgs=np.zeros(6))
     with pytest.raises(UserError, match="unknown reader option 'imgkey'; did you mean 'image_key'"):
         read_volume(tmp_path / "a.npz", imgkey="x")
-    with pytest.raises(UserError, match=r"the image has shape \(2, 3\)"):
+    with pytest.raises(UserError, match=r"the image has shape \(6,\)"):
         read_volume(tmp_path / "a.npz")
 
 

@@ -28,7 +28,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_help_teaches_with_a_spec_that_works(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = help_of(capsys)
-    for command in ("build", "verify", "inspect"):
+    for command in ("build", "merge", "verify", "inspect"):
         assert f"data-shards {command} " in text
         assert help_of(capsys, command).startswith(f"usage: data-shards {command}")
     block = re.search(r"^  dataset:.*?(?=^\S)", text, re.MULTILINE | re.DOTALL)
@@ -44,10 +44,22 @@ def test_help_teaches_with_a_spec_that_works(capsys: pytest.CaptureFixture[str],
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"build": ["--out", "--root", "--overwrite"], "verify": [], "inspect": ["--sample", "--png"]}
+    options = {
+        "build": ["--out", "--root", "--part", "--workers", "--overwrite", "--dry-run"],
+        "merge": ["--out", "--overwrite", "--keep-parts"],
+        "verify": [],
+        "inspect": ["--sample", "--png"],
+    }
     for command, names in options.items():
         text = help_of(capsys, command)
-        assert re.findall(r"^  (--\w+)", text, re.MULTILINE) == names
+        assert re.findall(r"^  (--[\w-]+)", text, re.MULTILINE) == names
+
+
+def test_the_help_of_build_teaches_slurm(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(capsys, "build")
+    array = re.search(r"--array=1-(\d+)", text)
+    assert array and f"--part $SLURM_ARRAY_TASK_ID/{array[1]} " in text
+    assert "data-shards merge data/liver" in text
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,27 +71,89 @@ def test_build_verify_and_reuse_say_what_they_did(tmp_path: Path, capsys: pytest
     spec, out = make_inputs(tmp_path, slices={"min_area": 2}), tmp_path / "out"
     assert main(["build", str(spec), "--out", str(out)]) == 0
     text = capsys.readouterr()
-    assert text.err == "" and "dropped 4 targets 'renal cyst' below min_area" in text.out
+    assert text.err == "" and "dropped 4 targets 'kidney cyst' below min_area" in text.out
     assert text.out.endswith(f"built {out}\n")
-    rows = [re.findall(r"[\w.]+", line) for line in text.out.splitlines() if line.startswith("│")]
-    assert [row[:4] for row in rows] == [["test", "12", "12", "2"], ["train", "12", "12", "2"]]
+    rows = [re.split(r" *│ *", line)[1:-1] for line in text.out.splitlines() if line.startswith("│")]
+    assert [row[:5] for row in rows[:2]] == [["test", "12", "12", "2", "1"], ["train", "12", "12", "2", "1"]]
+    assert rows[2:] == [["kidney cyst", "0", ""], ["left kidney", "24", "45"]]
+    assert re.search(r"^left out 16: .*without a target", text.out, re.MULTILINE)
+    assert re.search(r"^24 slices in 0:00:0\d, [\d,]+/s$", text.out, re.MULTILINE)
     assert main(["build", str(spec), "--out", str(out)]) == 0
     assert capsys.readouterr().out.endswith(f"reused {out}\n")
     assert main(["verify", str(out)]) == 0
     assert re.fullmatch(r"OK: 24 samples, 24 targets in 2 splits, \d\.\d MB at \d+ MB/s\n", capsys.readouterr().out)
 
 
-def test_a_warning_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_inputs(tmp_path, cases=2)
-    cases = [
-        {"image": f"imgs/PAT{n}_scan.nii.gz", "mask": f"gts/PAT{n}_scan_seg.nii.gz", "patient": "p", "split": split}
-        for n, split in enumerate(("train", "test"))
-    ]
-    spec = write_spec(tmp_path / "s.yaml", cases=cases, split={"kind": "explicit"})
+@pytest.mark.parametrize(
+    ("expected", "line", "warning"),
+    [
+        ({"images": 24, "masks": 28}, "expected 24 images, 28 masks: built 24, 28", ""),
+        ({"images": 24}, "expected 24 images: built 24", ""),
+        (
+            {"images": 1076, "masks": 28},
+            "expected 1,076 images, 28 masks: built 24, 28",
+            "data-shards: warning: expected 1,076 images, 28 masks: built 24 and 28\n",
+        ),
+    ],
+)
+def test_what_the_publishers_say_is_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], expected: dict, line: str, warning: str
+) -> None:
+    spec = make_inputs(tmp_path, expected=expected)
     assert main(["build", str(spec), "--out", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().err == (
-        "data-shards: warning: 1 of 1 patients are in more than one split: scores will flatter\n"
+    text = capsys.readouterr()
+    assert line in text.out.splitlines() and text.err == warning
+
+
+def test_a_dry_run_shows_the_plan_and_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = make_inputs(tmp_path, cases=8)
+    cut(tmp_path / IMAGE)  # not even read
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["build", str(spec), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    text = capsys.readouterr()
+    assert text.err == "" and sorted(tmp_path.rglob("*")) == before
+    rows = [re.split(r" *│ *", line)[1:4] for line in text.out.splitlines() if line.startswith("│")]
+    assert rows == [["test", "4", "1"], ["train", "4", "1"]]
+    assert f"PAT1_scan: patient PAT1\n  image {tmp_path / IMAGE}\n  mask {tmp_path / MASK}\n" in text.out
+    assert "… and 3 more cases\n" in text.out and text.out.endswith("nothing was read or written\n")
+
+
+def test_finished_blocks_are_announced_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec, out = make_inputs(tmp_path, cases=8, shards={"max_samples": 1}), tmp_path / "out"
+    good = (tmp_path / IMAGE).read_bytes()
+    cut(tmp_path / IMAGE)
+    assert main(["build", str(spec), "--out", str(out), "--workers", "0"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("data-shards: error: ") and IMAGE in first
+    found = re.fullmatch(
+        r"data-shards: (\d) of 8 blocks are finished and kept in (.*): the same command goes .*", second
     )
+    assert found and found[2] == str(tmp_path / ".out.partial") and 1 <= int(found[1]) <= 7
+    (tmp_path / IMAGE).write_bytes(good)
+    assert main(["build", str(spec), "--out", str(out)]) == 0
+    assert f"resumed: {found[1]} of 8 blocks were there\n" in capsys.readouterr().out
+
+
+def test_parts_and_merge_say_what_they_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec, out = make_inputs(tmp_path), tmp_path / "out"
+    for part, text in (("1/3", "12 slices in"), ("2/3", "12 slices in"), ("3/3", "part 3/3 is empty: there are fewer")):
+        assert main(["build", str(spec), "--out", str(out), "--part", part]) == 0
+        shown = capsys.readouterr()
+        assert text in shown.out and shown.err == ""
+        assert shown.out.endswith(f"built {out}/parts/{part.replace('/', '-of-')}\n")
+    assert main(["build", str(spec), "--out", str(out), "--part", "1/3"]) == 0
+    shown = capsys.readouterr().out
+    assert "resumed: 1 of 1 blocks were there\n" in shown and shown.endswith(f"reused {out}/parts/1-of-3\n")
+    assert complaint(capsys, "build", spec, "--out", out) == (
+        f"{out}: holds parts of a build: run `data-shards merge {out}`, or choose another --out"
+    )
+    assert main(["merge", str(out)]) == 0
+    assert capsys.readouterr().out.endswith(f"built {out}\n")
+    assert main(["verify", str(out)]) == 0
+    assert main(["merge", str(out)]) == 0
+    assert capsys.readouterr().out.endswith(f"reused {out}\n")
+    assert main(["build", str(spec), "--out", str(out), "--part", "2/3"]) == 0
+    assert capsys.readouterr().out == f"reused {out}: the corpus is there already\n"
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -95,7 +169,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     ("arguments", "message"),
     [
         (["biuld", "x"], "unknown command 'biuld'; did you mean 'build'?"),
-        (["zzz"], "unknown command 'zzz'; known: build, inspect, verify"),
+        (["zzz"], "unknown command 'zzz'; known: build, formats, inspect, merge, verify"),
         (["--hepl"], "unknown option '--hepl'; did you mean '--help'?"),
         (["build", "x.yaml", "--ot", "y"], "build: unknown option '--ot'; did you mean '--out'?"),
         (
@@ -109,6 +183,13 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["build", "--out", "y"], "the following arguments are required: SPEC.yaml; see data-shards build --help"),
         (["build", "x.yaml", "--out"], "argument --out: expected one argument; see data-shards build --help"),
         (["verify", "a", "b"], "verify: unexpected 'b'; see data-shards verify --help"),
+        (["build", "x", "--out", "y", "--part", "0/8"], "'0/8' is no part: give I/N with I from 1 to N, as 2/8"),
+        (["build", "x", "--out", "y", "--part", "9/8"], "argument --part: '9/8' is no part: give I/N"),
+        (["build", "x", "--out", "y", "--part", "/8"], "argument --part: '/8' is no part: give I/N"),
+        (["build", "x", "--out", "y", "--workers", "-2"], "unknown option '-2'"),
+        (["build", "x", "--out", "y", "--workers", "all"], "'all' is no number of processes: give a whole number"),
+        (["merge"], "the following arguments are required: DIR; see data-shards merge --help"),
+        (["merge", "a", "--keep"], "merge: unknown option '--keep'; did you mean '--keep-parts'?"),
     ],
 )
 def test_mistakes_in_the_command(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -154,13 +235,13 @@ def test_files_that_are_no_spec(
         ),
         ({"split": {"kind": "slab"}}, "split.kind: unknown kind 'slab'; did you mean 'slabs'?"),
         ({"targets": None}, "the key 'targets' is missing"),
-        ({"targets": [{"term": "kidney", "value": 9}]}, "the mask holds none of 'kidney': correct their values in the"),
+        ({"targets": [{"term": "kidney", "value": 9}]}, "the mask holds none of 'kidney' (its values: 1, 2): "),
         (
             {"split": {"kind": "patients", "fractions": {"train": 0.9, "test": 0.1}}},
             "split 'test' gets none of the 4 p",
         ),
         ({"slices": {"start": 50}}, "got no slice: widen 'slices' or 'split' in the spec"),
-        ({"cases": [{"image": "a/{id}.nii", "mask": "{id}", "patient": "{id}"}]}, "no file fits 'a/{id}.nii': correct"),
+        ({"cases": [{"image": "a/{id}.nii", "mask": "{id}", "patient": "{id}"}]}, "no file fits 'a/{id}.nii'"),
     ],
 )
 def test_mistakes_in_the_spec(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict, message: str) -> None:
@@ -197,9 +278,9 @@ def empty_mask(path: Path) -> None:
     ("name", "damage", "message"),
     [
         (IMAGE, Path.unlink, "no such file: correct the spec or pass --root"),
-        (MASK, Path.unlink, "no such file: correct the spec or pass --root"),
+        (MASK, Path.unlink, "no such file, the mask of "),
         (MASK, other_shape, "shape (10, 23, 20) (z, y, x) differs from (10, 24"),
-        (MASK, empty_mask, "the mask holds none of 'left kidney', 'renal cyst'"),
+        (MASK, empty_mask, "the mask holds none of 'left kidney', 'kidney cyst'"),
         (IMAGE, nan_volume, "2 of 4800 voxels are NaN or infinite: repair the file or leave the case out"),
         (IMAGE, flipped_gzip, "cannot be read, is it complete?"),
         (IMAGE, cut, "cannot be read, is it complete? (EOFError: Compressed file ended"),
@@ -216,7 +297,7 @@ def test_bad_files(
         for n in range(2)
     ]
     make_inputs(tmp_path, cases=2)
-    write_spec(tmp_path / "toy.yaml", cases=cases)
+    write_spec(tmp_path / "toy.yaml", cases=cases, split={"kind": "external"})  # one block
     damage(tmp_path / name)
     line = build_complaint(capsys, tmp_path)
     assert str(tmp_path / name) in line and message in line
@@ -314,6 +395,7 @@ def test_the_real_process(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith(f"built {out}\n")
     assert shell("verify", out).returncode == 0
     cut(tmp_path / IMAGE)
+    write_spec(spec, split={"kind": "external"})
     failed = shell("build", spec, "--out", tmp_path / "other")
     assert (failed.returncode, failed.stdout) == (2, "")
     assert re.fullmatch(r"data-shards: error: .*PAT1_scan\.nii\.gz: cannot be read, .*\n", failed.stderr)

@@ -38,7 +38,7 @@ def test_fields_arrive(tmp_path: Path) -> None:
     assert spec.intensity == Percentiles(low=1.0)
     assert spec.split == Slabs(start=3, names=["a", "b"])
     assert (spec.slices.axis, spec.slices.min_area, spec.slices.keep) == ("coronal", 5, "nonempty")
-    assert spec.targets[0].labels() == [1] and spec.targets[0].synonyms == ["kidney, left"]
+    assert spec.targets[0].labels() == [1] and spec.targets[0].synonyms == ["kidney, left", "kidney left"]
     assert isinstance(load_spec(write_spec(tmp_path / "t.yaml", split={"kind": "explicit"})).split, Explicit)
 
 
@@ -65,19 +65,38 @@ def target(**changes: object) -> list[dict]:
         ({"targets": target(value="1")}, "targets[0].value: expected a whole number, got '1'"),
         ({"targets": target(value=True)}, "targets[0].value: expected a whole number, got True"),
         ({"targets": target(values=[1, "x"])}, "targets[0].values: expected a list, each a whole number"),
-        ({"targets": target()}, "targets[0]: term 'liver' needs exactly one of value, values and above, got none"),
-        ({"targets": target(value=1, above=2)}, "exactly one of value, values and above, got value and above"),
+        (
+            {"targets": target()},
+            "targets[0]: term 'liver' does not say where it is: give it a value, above, colour or a name",
+        ),
+        (
+            {"targets": target(value=1, above=2)},
+            "needs one of value, values, above, below, colour, got value and above",
+        ),
         ({"targets": target(value=0)}, "0 is background"),
         ({"targets": target(value=1, synonyms="hepar")}, "targets[0].synonyms: expected a list, each text"),
         ({"targets": target(value=1) * 2}, "term 'liver' is listed twice"),
         ({"targets": {"term": "x"}}, "targets: expected a list, got {'term': 'x'}"),
         ({"targets": target(term="  ", value=1)}, "a term is empty"),
         ({"cases": []}, "cases, targets and modality must not be empty"),
-        ({"cases": [{"image": "a.nii", "mask": "b.nii"}]}, "cases[0]: the key 'patient' is missing"),
+        ({"cases": [{"image": "a.nii"}]}, "cases[0]: the key 'mask' is missing"),
+        ({"cases": [{"image": "a", "mask": 3}]}, "cases[0].mask: expected text (quote it) or a mapping of names to"),
+        ({"targets": target(colour=[1, 2])}, "colour needs red, green and blue, each 0 to 255, got [1, 2]"),
+        ({"targets": target(value=1, instances="values")}, "instances: values takes every value but 0: drop 'value'"),
+        ({"targets": target(value=1, instances="each")}, "instances: expected one of none, layers, values, components"),
+        ({"patches": {"size": 4, "stride": 5}}, "patches: patches need a size of at least 1"),
+        ({"patches": 512}, "patches: expected a mapping of keys to values, got 512"),
+        ({"expected": {"images": "many"}}, "expected.images: expected a whole number, got 'many'"),
+        ({"intensity": {"kind": "window", "name": "lung", "level": 3}}, "has its own level and width"),
+        ({"intensity": {"kind": "window", "name": "liver"}}, "intensity.name: expected"),
+        ({"split": {"kind": "external", "name": "train"}}, "starts with 'external', got 'train'"),
         ({"cases": [{"image": "a", "mask": "b", "patient": 7}]}, "cases[0].patient: expected text (quote it), got 7"),
         ({"intensity": {"kind": "windw"}}, "intensity.kind: unknown kind 'windw'; did you mean 'window'?"),
         ({"intensity": {"level": 3}}, "intensity: expected a mapping with a 'kind'"),
-        ({"intensity": {"kind": "window", "level": 3}}, "intensity: the key 'width' is missing"),
+        (
+            {"intensity": {"kind": "window", "level": 3}},
+            "intensity: a window needs level and width, or a name: soft_tissue, lung",
+        ),
         ({"intensity": {"kind": "window", "level": 3, "width": -1}}, "intensity: width must be above 0"),
         ({"intensity": {"kind": "minmax", "width": 1}}, "intensity: unknown key 'width'"),
         ({"slices": {"axis": "axail"}}, "slices.axis: expected one of axial, coronal, sagittal, got 'axail'"),
@@ -114,7 +133,7 @@ def test_pattern_finds_cases_and_patients(tmp_path: Path) -> None:
     path = make_inputs(tmp_path, cases=3)
     sources = find_sources(load_spec(path), path)
     assert [(source.id, source.patient) for source in sources] == [(f"PAT{n}_scan", f"PAT{n}") for n in range(3)]
-    assert sources[1].mask == tmp_path / "gts" / "PAT1_scan_seg.nii.gz"
+    assert sources[1].masks == {"": (tmp_path / "gts" / "PAT1_scan_seg.nii.gz",)}
     cases = [{"image": "imgs/{id}_scan.nii.gz", "mask": "gts/{id}_scan_seg.nii.gz", "patient": "hospital-{id}"}]
     template = write_spec(tmp_path / "b.yaml", cases=cases)
     assert find_sources(load_spec(template), template)[0].patient == "hospital-PAT0"
@@ -134,15 +153,29 @@ def test_pattern_with_a_folder_per_case(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ({"image": "nope/{id}.nii", "mask": "m/{id}.nii"}, "no file fits 'nope/{id}.nii'"),
-        ({"image": "imgs/{id}.nii.gz", "mask": "mask.nii"}, "its mask needs '{id}' too"),
-        ({"image": "imgs/{di}.nii.gz", "mask": "mask.nii"}, "unknown placeholder '{di}' in 'imgs/{di}.nii.gz'"),
+        ({"image": "nope/{id}.nii", "mask": "m/{id}.nii"}, "no file fits 'nope/{id}.nii'; "),
+        ({"image": "imgs/{id}.nii.gz", "mask": "mask.nii"}, "its mask 'mask.nii' needs its placeholders too"),
+        (
+            {"image": "imgs/{di}.nii.gz", "mask": "gts/{id}_seg.nii.gz"},
+            "'{id}' in 'gts/{id}_seg.nii.gz' stands for nothing",
+        ),
+        (
+            {"image": "imgs/{id}.nii.gz", "mask": "gts/{id}_seg.nii.gz", "only": "CASE"},
+            "only 'CASE' fits none of 1 ids",
+        ),
+        (
+            {"image": "imgs/{id}.nii.gz", "mask": "gts/{id}_x*.nii.gz"},
+            "gts/PAT0_scan_x*.nii.gz: no such file, the mask of",
+        ),
         ({"image": "imgs/{id}.nii.gz", "mask": "gts/{id}.nii.gz"}, "PAT0_scan.nii.gz: no such file"),
         ({"image": "imgs/{id}.nii.gz", "mask": "gts/{id}_seg.nii.gz", "patient": "Q(.)"}, "finds nothing in the id"),
         ({"image": "imgs/{id}.nii.gz", "mask": "gts/{id}_seg.nii.gz", "patient": "("}, "not a regular expression"),
         ({"image": "package://no_such_package/a.nii", "mask": "a.nii"}, "pip install no_such_package"),
         ({"image": "package://nilearn/none.nii", "mask": "toy.yaml"}, "none.nii: no such file"),
-        ({"image": "toy.yaml", "mask": "toy.yaml", "patient": "{id}"}, "patient '{id}': {id} has no meaning"),
+        (
+            {"image": "toy.yaml", "mask": "toy.yaml", "patient": "{id}"},
+            "'{id}' in '{id}' stands for nothing: 'toy.yaml' has no such placeholder",
+        ),
         ({"image": "toy.yaml", "mask": "toy.yaml"}, "no reader for '.yaml' files"),
     ],
 )
@@ -179,6 +212,6 @@ def test_hashes_depend_on_the_salt(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_vocabulary() -> None:
     assert normalise("  left \n kidney ") == "left kidney"
-    assert synonyms("Left kidney", ["left  Kidney", "ren sinister", " Ren sinister", "LK"]) == ("ren sinister", "LK")
+    assert synonyms("Left kidney", ["left  Kidney", "ren sinister", " Ren sinister"]) == ("ren sinister", "kidney left")
     with pytest.raises(UserError, match="a term is empty"):
         normalise(" ")

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import pickle
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from data_shards.datamodule import TripletDataModule
 from data_shards.errors import UserError
-from data_shards.splits import ByPatient, Explicit, Slabs
+from data_shards.splits import ByPatient, Explicit, External, LikeMedicalSAM3, LikeMedSAM, Slabs
 
 
 @dataclass(frozen=True)
@@ -80,3 +83,33 @@ def test_bad_slabs() -> None:
         Slabs(names=["train"])
     with pytest.raises(UserError, match="below stop"):
         Slabs(start=5, stop=5)
+
+
+def test_the_papers_splits() -> None:
+    patients = [f"p{number}" for number in range(200)]
+    drawn = list(LikeMedSAM(seed=1).draw(patients).values())
+    assert [drawn.count(name) for name in ("train", "validation", "test")] == [160, 20, 20]
+    drawn = list(LikeMedicalSAM3().draw(patients).values())
+    assert [drawn.count(name) for name in ("train", "validation")] == [170, 30]
+    assert LikeMedicalSAM3() == LikeMedicalSAM3(seed=42)
+    same = ByPatient(fractions=LikeMedicalSAM3().fractions, seed=42)
+    assert same.draw(patients) == LikeMedicalSAM3().draw(patients)
+
+
+def test_an_external_set_is_never_trained_on(tmp_path: Path) -> None:
+    cases = [Case("1", "a"), Case("2", "b")]
+    assert [rule(3) for rule in External().assign(cases)] == ["external", "external"]
+    with pytest.raises(UserError, match="starts with 'external'"):
+        External(name="train")
+    data = TripletDataModule(train=str(tmp_path / "external"), test=str(tmp_path / "external"))
+    with pytest.raises(UserError, match="is an external test set: it is never trained on"):
+        data.setup("fit")
+
+
+def test_rules_name_their_splits_and_travel() -> None:
+    cases = [Case("1", "a"), Case("2", "b")]
+    for split in (ByPatient(fractions={"a": 0.5, "b": 0.5}), External(), Slabs(names=["x", "y"])):
+        for rule in split.assign(cases):
+            copy = pickle.loads(pickle.dumps(rule))
+            found = {copy(index) for index in range(100)} - {None}
+            assert found == set(rule.splits) and found <= set(split.split_names(cases))

@@ -37,7 +37,7 @@ def base_spec() -> dict:
         "cases": [{"image": "imgs/{id}.nii.gz", "mask": "gts/{id}_seg.nii.gz", "patient": "^(PAT[0-9]+)_"}],
         "targets": [
             {"term": "left kidney", "synonyms": ["kidney, left"], "value": 1},
-            {"term": "renal cyst", "value": 2},
+            {"term": "kidney cyst", "value": 2},
         ],
         "intensity": {"kind": "window", "level": 40, "width": 400},
         "split": {"kind": "patients", "fractions": {"train": 0.5, "test": 0.5}, "seed": 3},

@@ -59,7 +59,7 @@ def test_overlays_parse_on_every_recipe(recipe, overlay):
     content = yaml.safe_load(overlay.read_text())
     for key in dotted_keys(content):
         assert key in config, key
-    assert sum(1 for line in overlay.read_text().splitlines() if not line.startswith("#")) == 1, "overlays are short"
+    assert sum(1 for line in overlay.read_text().splitlines() if not line.startswith("#")) <= 3, "overlays are short"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

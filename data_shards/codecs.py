@@ -1,0 +1,209 @@
+"""How an image lies in a shard, losslessly; and how its bytes, which may be damaged or hostile, become one again.
+
+What a header declares is checked against the bytes that are there before memory is taken for it, and nothing pickled
+is ever read. H, W are the image's height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from collections.abc import Callable
+from typing import IO, Literal
+
+import numpy as np
+
+from data_shards.errors import UserError
+
+Codec = Literal["png", "zstd"]
+
+MAX_VALUES = 10**9
+"""Values (pixels times channels) of the largest image that is stored or read."""
+MAX_BYTES = 4 * 10**9
+"""Bytes of the largest image that is stored or read."""
+
+_NPY_HEADER = 1024
+"""Characters of an npy header; those of plain arrays have about a hundred."""
+_PNG_CHANNELS = {(8, 0): 1, (16, 0): 1, (8, 2): 3}
+"""Channels by (bit depth, colour type): 8-bit grey, 16-bit grey, 8-bit RGB."""
+_DEFLATE_RATIO = 1032
+"""No deflate stream is more than this many times smaller than its content."""
+_ZSTD_RATIO = 2**17 // 3
+"""No zstd frame is more than this many times smaller than its content: a block of at most 128 KiB takes 3 bytes."""
+_ZSTD_WINDOW = 2**27
+"""Bytes that a zstd decoder may keep; level 3 needs 2 MiB."""
+
+
+def encode_image(image: np.ndarray, codec: Codec = "png") -> tuple[str, bytes]:
+    """Return the extension of an image's member in a tar, and its bytes.
+
+    Args:
+        image: (H, W) or (H, W, 3).
+        codec: ``"png"`` where PNG holds the dtype (8- and 16-bit grey, 8-bit RGB) and npy for the others, or
+            ``"zstd"``, which is npy in one zstd frame.
+
+    Raises:
+        UserError: The image is too large to be read back, has no such shape, or holds no plain numbers.
+    """
+    _check_image(image.shape, image.dtype)
+    if codec == "zstd":
+        return "image.npy.zst", _encode_zstd(image)
+    return ("image.png", _encode_png(image)) if _fits_png(image) else ("image.npy", _encode_npy(image))
+
+
+def decode_image(extension: str, data: bytes) -> np.ndarray:
+    """Return the image (H, W) or (H, W, 3) of a member, in the machine's byte order.
+
+    Args:
+        extension: One of `IMAGE_EXTENSIONS`.
+        data: The member's bytes.
+
+    Raises:
+        UserError: The bytes are damaged, too large, or hold something other than an image.
+    """
+    try:
+        array = _DECODERS[extension](data)
+    except UserError:
+        raise
+    except Exception as error:  # whatever damaged bytes make a decoder raise
+        raise UserError(f"its {extension} cannot be decoded ({type(error).__name__}: {error})") from error
+    return array
+
+
+def read_npy(file: IO[bytes], size: int, check: Callable[[tuple[int, ...], np.dtype], None]) -> np.ndarray:
+    """Read an array in NumPy's format.
+
+    Args:
+        file: The bytes.
+        size: How many there are, header included.
+        check: Called with the shape and the dtype before memory is taken; raises what it does not like.
+
+    Raises:
+        UserError: The header holds anything but a plain array of as many bytes as there are.
+        Exception: What NumPy raises on a damaged header.
+    """
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise UserError(f"its npy header has version {version}")
+    shape, fortran, dtype = readers[version](file, max_header_size=_NPY_HEADER)
+    if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
+        raise UserError("it holds objects, which are never read, instead of numbers")
+    if not all(type(length) is int and length >= 0 for length in shape):
+        raise UserError(f"its npy header has the shape {shape}")
+    check(shape, dtype)
+    body = math.prod(shape) * dtype.itemsize
+    # The header's own length is not known from here: it is what remains.
+    if not 0 <= size - body <= _NPY_HEADER + 12:
+        raise UserError(f"its npy header declares {body} bytes of {dtype}, but there are {size}")
+    array = np.empty(shape[::-1] if fortran else shape, dtype)
+    _fill(file, array)
+    array = array.T if fortran else array
+    return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+def _fill(file: IO[bytes], array: np.ndarray) -> None:
+    """Read the rest of a file into an array, which must hold exactly that."""
+    space = array.reshape(-1).view(np.uint8).data if array.nbytes else memoryview(b"")
+    done = 0
+    while done < len(space):
+        count = file.readinto(space[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise UserError(f"it ends after {done} of {len(space)} bytes")
+        done += count
+    if file.read(1):  # this also makes a decompressor compare its checksum
+        raise UserError("it goes on after the array")
+
+
+def _check_image(shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if not (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)) or 0 in shape:
+        raise UserError(f"its image has shape {shape}; (H, W) or (H, W, 3) is needed")
+    if dtype.kind not in "biuf" or dtype.itemsize > 8:
+        raise UserError(f"its image holds values of type {dtype}; plain numbers are needed")
+    values = math.prod(shape)
+    if values > MAX_VALUES or values * dtype.itemsize > MAX_BYTES:
+        raise UserError(
+            f"its image has shape {shape} and type {dtype}: at most {MAX_VALUES:.0e} values and {MAX_BYTES:.0e} bytes "
+            "are stored or read: cut it into patches"
+        )
+
+
+def _fits_png(image: np.ndarray) -> bool:
+    if image.ndim == 3:
+        return image.dtype == np.uint8
+    return image.dtype in (np.uint8, np.uint16)
+
+
+def _encode_png(image: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    # Measured on CT and photographs: 1.5 to 3 times as fast as level 6, and less than 1 % larger.
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=4)
+    return buffer.getvalue()
+
+
+def _decode_png(data: bytes) -> np.ndarray:
+    from PIL.PngImagePlugin import PngImageFile
+
+    if len(data) < 33 or data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
+        raise UserError("its image.png is no PNG")
+    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
+    channels = _PNG_CHANNELS.get((depth, colour))
+    if channels is None:  # Pillow would read palettes as their numbers, and cut 16-bit RGB to 8 bits
+        raise UserError(
+            f"its image.png has bit depth {depth} and colour type {colour}; grey (8 or 16 bits) or RGB (8) is needed"
+        )
+    dtype = np.dtype(np.uint16 if depth == 16 else np.uint8)
+    _check_image((height, width, 3) if channels == 3 else (height, width), dtype)
+    if height * (1 + width * channels * dtype.itemsize) > _DEFLATE_RATIO * len(data):
+        raise UserError(f"its image.png declares {height} x {width} pixels, more than its {len(data)} bytes can hold")
+    # `Image.open` would refuse what is larger than a limit that all threads share.
+    with PngImageFile(io.BytesIO(data)) as picture:
+        if picture.size != (width, height):
+            raise UserError("its image.png has two sizes")
+        array = np.asarray(picture)
+    return array.astype(dtype, copy=False)
+
+
+def _encode_npy(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, image, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _decode_npy(data: bytes) -> np.ndarray:
+    return read_npy(io.BytesIO(data), len(data), _check_image)
+
+
+def _encode_zstd(image: np.ndarray) -> bytes:
+    import zstandard
+
+    packer = zstandard.ZstdCompressor(level=3, write_checksum=True, write_content_size=True)
+    return packer.compress(_encode_npy(image))
+
+
+def _decode_zstd(data: bytes) -> np.ndarray:
+    import zstandard
+
+    frame = zstandard.get_frame_parameters(data)
+    size = frame.content_size
+    if size == zstandard.CONTENTSIZE_UNKNOWN:
+        raise UserError("its image.npy.zst does not declare its size")
+    if size > min(MAX_BYTES + _NPY_HEADER, _ZSTD_RATIO * len(data)):
+        raise UserError(f"its image.npy.zst declares {size} bytes, more than its {len(data)} can hold or are read")
+    # One pass: the header is checked before the array is made, and the array is filled in place.
+    unpacker = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+    with unpacker.stream_reader(data, read_across_frames=False) as file:
+        return read_npy(file, size, _check_image)
+
+
+_DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {
+    "image.png": _decode_png,
+    "image.npy": _decode_npy,
+    "image.npy.zst": _decode_zstd,
+}
+
+IMAGE_EXTENSIONS = tuple(_DECODERS)
+"""Extensions of the members that can be a sample's image."""
