@@ -20,7 +20,7 @@ from data_shards import manifest as manifests
 from data_shards.blocks import BLOCKS, build_block, find_block, get_block
 from data_shards.convert import Conversion
 from data_shards.corpus import PARTS, existing, may_stay
-from data_shards.errors import UserError
+from data_shards.errors import UserError, nearest
 from data_shards.join import join
 from data_shards.merge import PART_NAME, Part, part_folder
 from data_shards.plan import BLOCK_BYTES, PLAN_NAME, Block, Plan, plan_sha256, read_plan
@@ -28,6 +28,7 @@ from data_shards.progress import Meter, progress
 from data_shards.sources import find_sources
 from data_shards.spec import Spec, load_spec
 from data_shards.stage import locked, recover, swap, work_folder, workspace, write_json, writing
+from data_shards.vocabulary import known, vocabulary
 from data_shards.workers import cpus, run
 
 _MOST_WORKERS = 4
@@ -130,12 +131,14 @@ def build(
     """
     out = Path(out)
     job = prepare(spec_path, root)
+    if out.is_mount():
+        raise UserError(f"{out}: is where a disk is mounted, which cannot be renamed: choose a folder inside it")
     with writing(out):
         recover(out)
     found = existing(out, overwrite)
     if found is not None and _is_the_one(job, job.cases, found, out, overwrite):
         _sweep(out)
-        return BuildResult(out, True, found)
+        return BuildResult(out, True, found, tuple(_aged(job, found, out)))
     if (out / PARTS).exists():
         raise UserError(f"{out}: holds parts of a build: run `data-shards merge {out}`, or choose another --out")
     work = work_folder(out)
@@ -152,7 +155,7 @@ def build(
             raise
         swap(work, out)
         shutil.rmtree(work, ignore_errors=True)
-    return BuildResult(out, False, content, tuple(_surprises(content)), effort)
+    return BuildResult(out, False, content, tuple(surprises(content)), effort)
 
 
 def build_part(
@@ -198,12 +201,14 @@ def build_part(
 
 
 def _check_patients(spec: Spec, cases: Sequence[Conversion]) -> None:
-    """Raise if whole cases of one patient go to different splits."""
+    """Raise if whole cases of one patient, or with one image, go to different splits."""
     if spec.split.shares_patients:
         return
     splits: dict[str, set[str]] = {}
+    images: dict[Path, set[str]] = {}
     for case in cases:
         splits.setdefault(case.source.patient, set()).update(case.rule.splits)
+        images.setdefault(case.source.image, set()).update(case.rule.splits)
     shared = [f"'{patient}' ({', '.join(sorted(names))})" for patient, names in splits.items() if len(names) > 1]
     if shared:
         more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
@@ -211,6 +216,11 @@ def _check_patients(spec: Spec, cases: Sequence[Conversion]) -> None:
             f"split: patients in more than one split, which would flatter every score: {', '.join(shared[:3])}{more}: "
             "give all cases of a patient one split"
         )
+    for image, names in images.items():
+        if len(names) > 1:
+            raise UserError(
+                f"split: {image} is the image of cases in {' and '.join(sorted(names))}: give them one patient or split"
+            )
 
 
 def _is_the_one(job: Job, cases: Sequence[Conversion], found: dict[str, Any], out: Path, overwrite: bool) -> bool:
@@ -279,7 +289,41 @@ def _sweep(out: Path) -> None:
             shutil.rmtree(work)
 
 
-def _surprises(content: dict[str, Any]) -> list[str]:
+def _aged(job: Job, found: dict[str, Any], out: Path) -> list[str]:
+    """Return a warning if a corpus that stays was built with other versions of what reads and stores images."""
+    was, now = found.get("versions") or {}, job.plan.header["versions"]
+    changed = [f"{name} {was.get(name)} (now {now[name]})" for name in now if was.get(name) != now[name]]
+    if not changed:
+        return []
+    return [f"{out} was built with {', '.join(changed)}: if that matters, remove it and build it again"]
+
+
+def surprises(content: dict[str, Any]) -> list[str]:
+    """Return what in a new corpus looks like a mistake in its spec, one line each.
+
+    Args:
+        content: Its manifest.
+    """
+    splits = content["splits"].values()
+    terms = [target["term"] for target in content["spec"]["targets"]]
+    found = [
+        f"no sample has a target '{term}': is its name or value in the spec right?"
+        for term in terms
+        if not content["dropped_targets"].get(term) and not any(split["targets"].get(term) for split in splits)
+    ]
+    several = content["repeated_images"]["in_several_splits"]
+    if several:
+        found.append(f"{several:,} images are in several splits under different names: scores will flatter")
+    concepts = [name for region in vocabulary().regions.values() for name in region]
+    for term in terms:
+        if not known(term):
+            close = nearest(term, concepts)
+            hint = close if close.startswith("; did") else ""
+            found.append(f"term '{term}' is not in the vocabulary, and has no synonyms from there{hint}")
+    return found + _uncounted(content)
+
+
+def _uncounted(content: dict[str, Any]) -> list[str]:
     """Return a warning if a corpus holds something else than its publishers say."""
     expected = content["about"]["expected"]
     if expected is None:

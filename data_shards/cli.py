@@ -123,7 +123,7 @@ def _parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
 
     build = group.add_parser("build", help="build shards from a spec", description=_BUILD_HELP)
     build.add_argument("spec", metavar="SPEC.yaml", help="the spec; examples lie in data_shards/catalogue")
-    build.add_argument("--out", required=True, metavar="DIR", help="folder of the corpus; it is made")
+    build.add_argument("--out", metavar="DIR", help="folder of the corpus; it is made")
     build.add_argument("--root", metavar="DIR", help="folder of the spec's relative paths (default: the spec's root)")
     build.add_argument("--part", type=_part, metavar="I/N", help="build the I-th of N parts, to be merged")
     build.add_argument(
@@ -184,25 +184,32 @@ def _build(values: argparse.Namespace) -> int:
     if values.dry_run:
         show_plan(prepare(values.spec, values.root), _console())
         return 0
+    if values.out is None:
+        raise UserError("build: --out is missing: the folder of the corpus; see data-shards build --help")
     options = {"root": values.root, "overwrite": values.overwrite, "workers": values.workers}
     with _stoppable():
         if values.part is None:
             result = build(values.spec, values.out, **options)
         else:
             result = build_part(values.spec, values.out, *values.part, **options)
-    for warning in result.warnings:
-        print(f"data-shards: warning: {warning}", file=sys.stderr)
+    _warn(result.warnings)
     show(result, _console())
     return 0
 
 
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"data-shards: warning: {warning}", file=sys.stderr)
+
+
 def _merge(values: argparse.Namespace) -> int:
-    from data_shards.build import BuildResult
+    from data_shards.build import BuildResult, surprises
     from data_shards.merge import merge
     from data_shards.summary import show
 
     with _stoppable():
         out, manifest, reused = merge(values.dirs, values.out, values.overwrite, values.keep_parts)
+    _warn([] if reused else surprises(manifest))
     show(BuildResult(out, reused, manifest), _console())
     return 0
 
@@ -239,6 +246,8 @@ def _verify(values: argparse.Namespace) -> int:
 def _inspect(values: argparse.Namespace) -> int:
     from data_shards import inspect
 
+    if values.png is not None and not values.png.lower().endswith(".png"):
+        raise UserError(f"--png {values.png}: a PNG is drawn: give it a name that ends in .png")
     splits = inspect.open_splits(values.dir)
     if values.sample is not None:
         triplet = inspect.find_sample(splits, values.sample)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_shards.drawings import Drawings, Found, Window
+from data_shards.drawings import Drawings, Found, Window, shrunk
 from data_shards.errors import UserError
 from data_shards.preprocessing import Axis, Rescale, Stack, check_finite, cut
 from data_shards.readers import Drawing, Ground, own_options, read_drawing, read_volume
@@ -21,6 +22,9 @@ from data_shards.sources import Source, files_sha256
 from data_shards.spec import Hasher, Patches, Spec, TargetSpec
 from data_shards.splits import SliceRule
 from data_shards.triplet import Provenance, Target, Triplet
+
+_MOST_UNNAMED = 16
+"""Values of one mask that are told one by one, if no target takes them."""
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Conversion:
         patient: Hash of the patient.
         volume: Hash of the case.
         rule: From the index of a slice to its split.
+        mask_names: Hash of the names of the masks and of their files, by which targets ask for them.
         image_sha256: Hash of the image's files, once read.
         mask_sha256: Hash of the masks' files, once read; empty if there are none.
         expected: Number of slices or windows that `samples` yields, once it is known.
@@ -43,6 +48,7 @@ class Conversion:
     patient: str
     volume: str
     rule: SliceRule
+    mask_names: str = ""
     image_sha256: str = ""
     mask_sha256: str = ""
     expected: int | None = None
@@ -52,7 +58,9 @@ class Conversion:
     @classmethod
     def of(cls, source: Source, rule: SliceRule, hasher: Hasher) -> Conversion:
         """Name a case by its hashes."""
-        return cls(source, hasher("patient", source.patient), hasher("volume", source.id), rule)
+        names = [f"{name}/{path.name}" for name in sorted(source.masks) for path in source.masks[name]]
+        patient, volume = hasher("patient", source.patient), hasher("volume", source.id)
+        return cls(source, patient, volume, rule, hasher("names", "\n".join(names)))
 
     def hash_files(self) -> None:
         """Fill in the hashes of the files."""
@@ -78,6 +86,7 @@ class Conversion:
             "split": self.source.split,
             "image_sha256": self.image_sha256,
             "mask_sha256": self.mask_sha256,
+            "mask_names": self.mask_names,
         }
         if self.source.looked_for is not None:
             found["looked_for"] = sorted(self.source.looked_for)
@@ -112,13 +121,25 @@ class _Case:
             for target in spec.targets
             if (source.looked_for is None or target.term in source.looked_for) and self.drawings.looked_for(target)
         ]
-        self.small = self._small()
+        with self._naming_the_masks():
+            self.small = self._small()
+            unnamed = self.drawings.unnamed(spec.targets)
+            for target in self.targets:
+                self.drawings.check(target)
         height, width = self.stack.slices.shape[1:3]
         self.windows = _windows(height, width, spec.patches)
         self.places = self._places()
-        for name, values in self.drawings.unnamed(spec.targets).items():
+        if not self.places:
+            conversion.left_out["cases without a slice that 'slices' and 'split' select"] += 1
+        for name, values in unnamed.items():
+            mask = f"masks{f' {name!r}' if name else ''}"
+            if len(values) > _MOST_UNNAMED:
+                conversion.left_out[
+                    f"{mask} with more than {_MOST_UNNAMED} values that no target takes: grey levels?"
+                ] += 1
+                continue
             for value in values:
-                conversion.left_out[f"mask value {value}{f' of {name}' if name else ''}, which no target names"] += 1
+                conversion.left_out[f"{mask} with the value {value}, which no target takes"] += 1
 
     def samples(self) -> Iterator[tuple[str, Triplet | None]]:
         """Yield (split, sample); None for a place that is not kept."""
@@ -166,7 +187,7 @@ class _Case:
                 "that of the image"
             )
         check_finite(grid.array, str(path))
-        return drawing
+        return drawing if any(target.takes_background() for target in spec.targets) else shrunk(drawing)
 
     def _places(self) -> list[tuple[int, Window, str]]:
         """Return (slice, window, split) of all that the spec and its split select."""
@@ -192,10 +213,8 @@ class _Case:
         kept: list[Target] = []
         unsure: set[str] = set()
         for target in self.targets:
-            try:
+            with self._naming_the_masks():
                 found = self.drawings.find(target, number, window)
-            except UserError as error:
-                raise UserError(f"{self._mask_name()}: {error}") from None
             good = [item for item in found if self._is_kept(target, item)]
             self.conversion.dropped[target.term] += len(found) - len(good)
             if found and not good:
@@ -225,7 +244,7 @@ class _Case:
         if source.no_target == "skip":
             self.conversion.left_out["cases without any of the targets"] += 1
             return True
-        may_be_empty = self.image.flat or self.spec.slices.keep == "all"
+        may_be_empty = source.no_target is None and (self.image.flat or self.spec.slices.keep == "all")
         if source.no_target == "empty" or not source.mask_files or (may_be_empty and self.targets):
             return False
         terms = ", ".join(f"'{target.term}'" for target in self.spec.targets)
@@ -234,6 +253,14 @@ class _Case:
             f"{names}: the mask holds none of {terms} ({self.drawings.content()}): correct the targets in the spec, or "
             "say by no_target what that means"
         )
+
+    @contextmanager
+    def _naming_the_masks(self) -> Iterator[None]:
+        """Say in which files a mistake is that shows only in what was read from them."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self._mask_name()}: {error}") from None
 
     def _mask_name(self) -> str:
         return ", ".join(map(str, self.conversion.source.mask_files[:3])) or str(self.conversion.source.image)

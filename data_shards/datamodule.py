@@ -60,7 +60,9 @@ class TripletDataModule(LightningDataModule):
         for split in needed:
             folder = self.folders[split]
             if folder is not None and split not in self.shards:
-                if split == "train" and Path(folder).name.startswith(EXTERNAL):
+                # A link may go by another name.
+                names = (Path(folder).name, Path(folder).resolve().name)
+                if split == "train" and any(name.startswith(EXTERNAL) for name in names):
                     raise UserError(f"data.init_args.train: {folder} is an external test set: it is never trained on")
                 self.shards[split] = ShardDataset(Path(folder))
         if needed[0] not in self.shards:

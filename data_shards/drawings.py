@@ -5,16 +5,16 @@ Shapes: Z, Y, X the case's volume; N slices of H rows and W columns; h, w a wind
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from data_shards.errors import UserError
 from data_shards.preprocessing import Axis, place_of, slices_of
-from data_shards.readers import Drawing, Layer
+from data_shards.readers import Drawing, Layer, fits_name
 from data_shards.spec import TargetSpec
 
 Window = tuple[int, int, int, int]
@@ -42,6 +42,7 @@ class Sheet:
     def __init__(self, layer: Layer, shape: tuple[int, ...], axis: Axis) -> None:
         self.layer = layer
         self.colours = layer.values.ndim == 4
+        self.whole = layer.values.shape[:3] == tuple(shape[:3])
         self._asked: tuple[int, Window] | None = None
         self._values: set[int] = set()
         self._slices = slices_of(layer.values, axis)
@@ -71,6 +72,12 @@ class Sheet:
             self._asked, self._values = (number, window), set(present(part[0])) if part is not None else set()
         return not self._values.isdisjoint(labels)
 
+    @cached_property
+    def voxels(self) -> dict[float, int]:
+        """How often each value of a label map occurs: asked for each of a hundred targets, counted once."""
+        values, counts = _counted(self.layer.values)
+        return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
 
 class Drawings:
     """Everything that was drawn over one case.
@@ -98,6 +105,27 @@ class Drawings:
             _selects(target, layer) for drawing in drawings for layer in drawing.layers
         )
 
+    def check(self, target: TargetSpec) -> None:
+        """Check that what a target asks for can mean something.
+
+        Raises:
+            UserError: The file has a list of names, and the target's is not in it; or the target takes a value from
+                all of several segments, regions or categories.
+        """
+        drawings = self._parts.get(target.mask or "", ())
+        known = [item for drawing in drawings for item in drawing.names or ()]
+        if known and not any(_selects(target, Layer(_NOTHING, name=name, number=number)) for name, number in known):
+            wanted = f"name '{target.name}'" if target.name is not None else f"number {target.number}"
+            listed = _listed([f"{number} '{name}'" for name, number in known])
+            raise UserError(f"'{target.term}': nothing in it has the {wanted}; it has {listed}")
+        names = {layer.name for drawing in drawings if drawing.volume is None for layer in drawing.layers}
+        names |= {name for name, _ in known}
+        if len(names) > 1 and target.has_rule() and target.name is None and target.number is None:
+            listed = _listed(sorted(f"'{name}'" for name in names))
+            raise UserError(
+                f"'{target.term}' takes what is inside any of {listed}: choose by name or number, not by value"
+            )
+
     def find(self, target: TargetSpec, number: int, window: Window) -> list[Found]:
         """Return the masks of a target in a window of a slice: the union first, then the instances; none if absent."""
         union: np.ndarray | None = None  # an atlas has a hundred targets, most of them absent
@@ -118,6 +146,7 @@ class Drawings:
             if target.instances == "layers":
                 instances.append(Found(_pasted(inside, place, window), "instance", (order, 0)))
             elif target.instances == "values":
+                values = _coded(values) if sheet.colours else values
                 for value in present(values):
                     instances.append(Found(_pasted(values == value, place, window), "instance", (order, value)))
         if union is None:
@@ -130,27 +159,34 @@ class Drawings:
         """Return the number of voxels in the whole case: of each instance by its identity, and of all under None."""
         counts: Counter[tuple[int, int] | None] = Counter()
         for order, sheet in enumerate(self._of(target)):
+            if target.labels() and target.instances != "layers" and not sheet.colours:
+                counts[None] += sum(sheet.voxels.get(label, 0) for label in set(target.labels()))
+                continue
             inside = select(target, sheet.layer.values, sheet.colours)
             counts[None] += int(inside.sum())
             if target.instances == "layers":
                 counts[order, 0] = int(inside.sum())
             elif target.instances == "values":
-                values, numbers = np.unique(sheet.layer.values[inside], return_counts=True)
+                values = _coded(sheet.layer.values) if sheet.colours else sheet.layer.values
+                values, numbers = np.unique(values[inside], return_counts=True)
                 counts.update({(order, int(v)): int(n) for v, n in zip(values, numbers, strict=True)})
         return counts
 
-    def unnamed(self, targets: Sequence[TargetSpec]) -> dict[str, list[int]]:
-        """Return the values other than 0 of label maps that no target takes, by the name of the mask."""
-        result: dict[str, list[int]] = {}
+    def unnamed(self, targets: Sequence[TargetSpec]) -> dict[str, list[str]]:
+        """Return the values or colours of label maps that no target takes, but background, by the name of the mask."""
+        result: dict[str, list[str]] = {}
         for name, sheets in self._sheets.items():
             mine = [target for target in targets if (target.mask or "") == name]
-            if not all(target.labels() and not (target.name or target.number is not None) for target in mine):
+            if any(target.name is not None or target.number is not None for target in mine):
                 continue
-            known = {value for target in mine for value in target.labels()}
-            found = {value for sheet in sheets for value in present(sheet.layer.values)}
-            if found - known:
-                result[name] = sorted(found - known)
-        return result
+            if all(target.labels() for target in mine):
+                known = {value for target in mine for value in target.labels()}
+                grey = [sheet for sheet in sheets if not sheet.colours]
+                found = {value for sheet in grey for value in present(sheet.layer.values)} - known
+                result[name] = [str(value) for value in sorted(found)]
+            elif all(target.colour is not None for target in mine):
+                result[name] = _other_colours(mine, [sheet.layer.values for sheet in sheets if sheet.colours])
+        return {name: values for name, values in result.items() if values}
 
     def content(self) -> str:
         """Say what there is to choose from: the names of layers, or the values of label maps."""
@@ -169,6 +205,11 @@ class Drawings:
         key = (target.mask or "", target.name, target.number)
         if key not in self._chosen:
             self._chosen[key] = [sheet for sheet in self._sheets[key[0]] if _selects(target, sheet.layer)]
+        if target.takes_background() and not all(sheet.whole for sheet in self._chosen[key]):
+            raise UserError(
+                f"'{target.term}' also takes what was not drawn, which is known of label maps and pictures only: "
+                "choose segments, contours and annotations by name or number alone"
+            )
         return self._chosen[key]
 
 
@@ -188,12 +229,32 @@ def select(target: TargetSpec, values: np.ndarray, colours: bool = False) -> np.
     elif target.colour is not None:  # a picture whose colours are all grey is read as grey
         red, green, blue = target.colour
         grey = red == green == blue
-        inside = np.abs(values.astype(float) - red) <= target.tolerance if grey else np.zeros(values.shape, bool)
+        inside = _near(values, red, target.tolerance) if grey else np.zeros(values.shape, bool)
     elif target.labels():
         inside = np.isin(values, target.labels())
     else:
         inside = values != 0
     return inside
+
+
+def shrunk(drawing: Drawing) -> Drawing:
+    """Return a drawing whose layers are cut to what is drawn: of an atlas in a hundred files little is left."""
+    layers = tuple(_shrunk(layer) for layer in drawing.layers)
+    volume = None if drawing.volume is None else replace(drawing.volume, array=np.empty((0, 0, 0), np.uint8))
+    return replace(drawing, layers=layers, volume=volume)
+
+
+def _shrunk(layer: Layer) -> Layer:
+    values, origin = layer.values, list(layer.origin)
+    for axis in range(3):
+        filled = np.flatnonzero(values.any(axis=tuple(other for other in range(values.ndim) if other != axis)))
+        first, stop = (int(filled[0]), int(filled[-1]) + 1) if filled.size else (0, 0)
+        values = values[(slice(None),) * axis + (slice(first, stop),)]
+        origin[axis] += first
+    if values.size > layer.values.size / 2:
+        return layer
+    # Without a copy the part would keep the whole in memory.
+    return replace(layer, values=values.copy(), origin=(origin[0], origin[1], origin[2]))
 
 
 def present(values: np.ndarray) -> list[int]:
@@ -202,19 +263,32 @@ def present(values: np.ndarray) -> list[int]:
     Raises:
         UserError: A value is no whole number, or there are more than 65,535 of them.
     """
-    # Counting is several times faster than sorting, where labels are small whole numbers.
-    if values.dtype.kind in "bu" and values.dtype.itemsize <= 2:
-        return [int(value) for value in np.flatnonzero(np.bincount(values.ravel())) if value]
-    found = np.unique(values)
+    found, _ = _counted(values)
     if len(found) > 2**16 or not (found == np.rint(found)).all():
         raise UserError("its values are no labels (fractions, or more than 65,535 of them): use above, below or a name")
     return [int(value) for value in found if value]
 
 
+def _counted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the different values of an array, sorted, and how often each occurs."""
+    if values.dtype.kind not in "biu" or values.dtype.itemsize > 2:
+        return np.unique(values, return_counts=True)
+    # Counting is several times faster than sorting; of a volume slice by slice, as it takes eight bytes a voxel.
+    unsigned = values.view(f"u{values.dtype.itemsize}")
+    counts = np.zeros(int(unsigned.max(initial=0)) + 1, np.int64)
+    for part in unsigned if unsigned.ndim > 2 else [unsigned]:
+        counts += np.bincount(part.ravel(), minlength=len(counts))
+    found = np.flatnonzero(counts)
+    order = np.argsort(found.astype(unsigned.dtype).view(values.dtype), kind="stable")
+    return found.astype(unsigned.dtype).view(values.dtype)[order], counts[found][order]
+
+
 def _select_colour(target: TargetSpec, values: np.ndarray) -> np.ndarray:
     inside: np.ndarray
     if target.colour is not None:
-        inside = (np.abs(values.astype(float) - np.array(target.colour)) <= target.tolerance).all(axis=-1)
+        inside = np.ones(values.shape[:-1], bool)
+        for channel, wanted in enumerate(target.colour):
+            inside &= _near(values[..., channel], wanted, target.tolerance)
     elif target.labels() or target.above is not None or target.below is not None:
         raise UserError(
             f"the mask is in colours, and '{target.term}' is given by a number: give it a colour: [R, G, B]"
@@ -224,20 +298,43 @@ def _select_colour(target: TargetSpec, values: np.ndarray) -> np.ndarray:
     return inside
 
 
+def _other_colours(targets: Sequence[TargetSpec], pictures: Sequence[np.ndarray]) -> list[str]:
+    """Return the colours of pictures (Z, Y, X, 3), but black, that belong to no target."""
+    codes = sorted({code for values in pictures for code in np.unique(_coded(values)).tolist() if code})
+    colours = np.array([(code >> 32, code >> 16 & 0xFFFF, code & 0xFFFF) for code in codes]).reshape(-1, 3)
+    taken = np.zeros(len(colours), bool)
+    for target in targets:
+        taken |= _select_colour(target, colours)
+    return [str(colour) for colour in colours[~taken].tolist()]
+
+
+def _near(values: np.ndarray, wanted: int, tolerance: int) -> np.ndarray:
+    near: np.ndarray = (values >= wanted - tolerance) & (values <= wanted + tolerance)
+    return near
+
+
 def _selects(target: TargetSpec, layer: Layer) -> bool:
     """Whether a layer is one of those that a target names."""
     if target.number is not None and layer.number != target.number:
         return False
     if target.name is None:
         return True
-    wanted = target.name.strip().casefold().replace("[", "[[]")  # a bracket is text: only * and ? stand for others
-    return fnmatch.fnmatchcase(layer.name.strip().casefold(), wanted)
+    return fits_name(layer.name, target.name)
+
+
+def _coded(colours: np.ndarray) -> np.ndarray:
+    """Return one number (…) for each colour (…, 3), 0 for black."""
+    red, green, blue = (colours[..., channel].astype(np.int64) for channel in range(3))
+    return (red << 32) | (green << 16) | blue
 
 
 def _pasted(inside: np.ndarray, place: tuple[slice, slice], window: Window) -> np.ndarray:
     mask = np.zeros(window[2:], bool)
     mask[place] = inside
     return mask
+
+
+_NOTHING = np.empty((0, 0, 0), np.uint8)
 
 
 def _listed(names: list[str], most: int = 12) -> str:

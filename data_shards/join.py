@@ -61,7 +61,7 @@ def join(plan: Mapping[str, Any], blocks: Sequence[Built], work: Path, own: bool
     for split in plan["splits"]:
         filled = [block for block in blocks if split in block.splits]
         if not filled:
-            raise UserError(f"split '{split}' got no slice: widen 'slices' or 'split' in the spec")
+            raise UserError(_why_empty(split, blocks))
         folder = target / split
         folder.mkdir()
         _place([shard for block in filled for shard in block.shards(split)], folder, own)
@@ -76,9 +76,33 @@ def join(plan: Mapping[str, Any], blocks: Sequence[Built], work: Path, own: bool
     if plan["skipped"]:
         left_out["cases without a mask file"] = plan["skipped"]
     sources = [item["source"] for block in blocks for item in block.record["cases"]]
-    content = manifests.make(plan["header"], sources, indices, dropped, left_out)
+    content = {
+        **manifests.make(plan["header"], sources, indices, dropped, left_out),
+        "repeated_images": _repeated(blocks),
+    }
     manifests.write(target, content)
     return content
+
+
+def _why_empty(split: str, blocks: Sequence[Built]) -> str:
+    """Say why a split has no sample: nothing was found in its slices, or it got none."""
+    without = sum(block.record["left_out"].get("slices without a target", 0) for block in blocks)
+    dropped = sum(sum(block.record["dropped"].values()) for block in blocks)
+    if any(block.splits for block in blocks) or not (without or dropped):
+        return f"split '{split}' got no slice: widen 'slices' or 'split' in the spec"
+    small = f", and {dropped:,} targets were dropped for their size or place" if dropped else ""
+    return f"no sample has a target: {without:,} slices were read{small}: correct 'targets' or 'slices' in the spec"
+
+
+def _repeated(blocks: Sequence[Built]) -> dict[str, int]:
+    """Return how many images are there under several names: in several splits, and within one."""
+    places: dict[str, list[tuple[str, ...]]] = {}
+    for block in blocks:
+        for item in block.record["cases"]:
+            places.setdefault(item["source"]["image_sha256"], []).append(tuple(block.splits))
+    several = [found for found in places.values() if len(found) > 1]
+    across = sum(len(set(found)) > 1 for found in several)
+    return {"in_several_splits": across, "in_one_split": len(several) - across}
 
 
 def joined(folder: Path, indices: Sequence[Index]) -> Index:

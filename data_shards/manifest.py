@@ -24,7 +24,10 @@ from data_shards.strict import read_json
 from data_shards.triplet import FORMAT_VERSION
 
 MANIFEST_NAME = "manifest.json"
-_PACKAGES = ("nibabel", "numpy", "pillow", "pycocotools", "pydicom", "SimpleITK", "zstandard", "sam-trainer")
+_PACKAGES = (
+    *("nibabel", "numpy", "openslide-python", "pillow", "pycocotools", "pydicom", "python-gdcm", "SimpleITK", "scipy"),
+    *("tifffile", "zstandard", "sam-trainer"),
+)
 """Packages that decide the bytes of a shard."""
 _MAX_BYTES = 2**30
 """Bytes of the largest manifest that is read: some millions of sources."""
@@ -120,7 +123,7 @@ def _notes(spec: Spec, sources: Sequence[Source]) -> Iterator[str]:
     if unknown:
         cases = "no patient is known" if unknown == len(sources) else f"the patient of {unknown} cases is not known"
         cases = cases.replace(" 1 cases", " 1 case")
-        yield f"{cases}: split by image, and images of one patient may be in several splits"
+        yield f"{cases}: split by image or series, and those of one patient may be in several splits"
 
 
 def describe(index: Index) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Plan:
             groups.setdefault(case.rule.splits, []).append(case)
         ranked = sorted(groups, key=lambda splits: [names.index(name) for name in splits])
         blocks = tuple(
-            Block(_fingerprint(header, hasher, block), block, tuple(_places(case, hasher) for case in block), sizes)
+            Block(_fingerprint(header, block), block, tuple(_places(case, hasher) for case in block), sizes)
             for splits in ranked
             for block, sizes in _cut(groups[splits], spec.shards.max_samples)
         )
@@ -164,15 +164,14 @@ def _places(case: Conversion, hasher: Hasher) -> str:
     return hasher("files", "\n".join(map(str, (case.source.image, *_masks(case)))))
 
 
-def _fingerprint(header: Mapping[str, Any], hasher: Hasher, cases: Sequence[Conversion]) -> str:
+def _fingerprint(header: Mapping[str, Any], cases: Sequence[Conversion]) -> str:
     """Return the hash of what decides the bytes of a block, but for the content of the files."""
     owners = [
         {
             "volume": case.volume,
             "patient": case.patient,
             "splits": case.rule.splits,
-            # A layer may have the name of its file, and a target ask for it.
-            "masks": hasher("names", "\n".join(path.name for path in _masks(case))),
+            "mask_names": case.mask_names,
             **manifests.conditions(case.source),
         }
         for case in cases

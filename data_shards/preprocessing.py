@@ -129,7 +129,10 @@ class Percentiles(Intensity):
         values = volume[volume != 0] if self.nonzero else volume
         if values.size == 0:  # a blank volume
             return Rescale("percentiles", 0.0, 0.0)
-        low, high = np.percentile(values, [self.low, self.high])
+        # NumPy takes the difference of two neighbours, which their own dtype may not hold if it has signs.
+        wider = {"int8": np.int32, "int16": np.int32, "int32": np.float64, "int64": np.float64}
+        own = values.astype(wider.get(values.dtype.name, values.dtype))
+        low, high = np.percentile(own, [self.low, self.high], overwrite_input=True)
         return Rescale("percentiles", float(low), float(high))
 
 

@@ -21,6 +21,17 @@ from data_shards.errors import UserError, nearest
 T = TypeVar("T")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's own loader drops the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise UserError(f"the key '{name}' is given twice (line {node.start_mark.line + 1} and below)")
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
@@ -28,11 +39,15 @@ def load_yaml(path: Path) -> dict[str, Any]:
         UserError: The file is missing, is not YAML, or holds something other than a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  # it is a SafeLoader
     except FileNotFoundError:
         raise UserError(f"{path}: no such spec file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}: merge the two") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text: save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
@@ -95,9 +110,9 @@ def _of_kind(members: tuple[Any, ...], value: Any, where: str, key: str) -> type
         raise UserError(
             f"{where}: {key}: expected a mapping with a 'kind' ({', '.join(sorted(kinds))}), got {_show(value)}"
         )
-    if value["kind"] not in kinds:
+    if str(value["kind"]) not in kinds:
         raise UserError(f"{where}: {key}.kind: unknown kind '{value['kind']}'{nearest(str(value['kind']), kinds)}")
-    return typing.cast(type, kinds[value["kind"]])
+    return typing.cast(type, kinds[str(value["kind"])])
 
 
 def plain_value(hint: Any, value: Any, where: str, key: str) -> Any:
@@ -118,7 +133,9 @@ def plain_value(hint: Any, value: Any, where: str, key: str) -> Any:
     options = _options(hint)
     literal = any(typing.get_origin(option) is typing.Literal for option in options)
     refused = isinstance(value, str) and str not in options and not literal
-    if refused and float in options:
+    refused |= value is None and not {types.NoneType, Any} & set(options)  # a key without a value
+    refused |= isinstance(value, Mapping) and not all(isinstance(name, str) for name in value)
+    if refused and float in options and isinstance(value, str):
         try:  # YAML 1.1 takes 1e-3 for text
             return float(value)
         except ValueError:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from data_shards.errors import UserError
 from data_shards.readers import check_options, files_of
+from data_shards.readers.base import reader_for
+from data_shards.readers.dicom import read_dicom, read_dicom_drawing
 from data_shards.spec import Case, Spec
 from data_shards.vocabulary import canonical
 
@@ -34,7 +36,8 @@ class Source:
             "nothing found" has no files.
         split: The split that the spec names, or None.
         looked_for: The terms that were looked for in this case, or None for all.
-        no_target: What it means if the masks hold none of the targets: ``"error"``, ``"empty"`` or ``"skip"``.
+        no_target: What it means if the masks hold none of the targets: ``"error"``, ``"empty"``, ``"skip"``, or
+            None, which depends on the image.
     """
 
     id: str
@@ -44,7 +47,7 @@ class Source:
     split: str | None = None
     patient_known: bool = True
     looked_for: tuple[str, ...] | None = None
-    no_target: str = "error"
+    no_target: str | None = None
 
     @property
     def image_files(self) -> list[Path]:
@@ -71,29 +74,35 @@ def find_sources(
     Raises:
         UserError: A file, folder or package is missing, a pattern fits nothing, or two cases share an id.
     """
-    folder = Path(root) if root is not None else spec_path.parent / (spec.root or "")
+    folder = Path(root) if root is not None else spec_path.parent / Path(spec.root or "").expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: correct --root or the spec's root")
     result: list[Source] = []
     seen: set[str] = set()
     kinds: set[tuple[str, ...]] = set()
+    files: set[tuple[Path, ...]] = set()
+    dicom = False
     for case in spec.cases:
         for source in _expand(case, folder, spec_path, [] if skipped is None else skipped):
             if source.id in seen:
                 raise UserError(f"{spec_path}: cases: two cases have the id '{source.id}': give them different ids")
             seen.add(source.id)
-            if not source.image.exists():
-                raise UserError(f"{source.image}: no such file: correct the spec or pass --root")
             masks = [path for paths in source.masks.values() for path in paths]
+            if (source.image, *masks) in files:
+                raise UserError(f"{spec_path}: cases: {source.image} is there twice, with the same mask: drop one case")
+            files.add((source.image, *masks))
             kind = tuple(path.suffix for path in (source.image, *masks))
             if kind not in kinds:  # a check of each of a million cases of one kind takes minutes
                 check_options(source.image, masks, spec.reader)
                 kinds.add(kind)
+                dicom = dicom or _is_dicom(source.image, masks)
             result.append(source)
     if not result:
         raise UserError(f"{spec_path}: cases: none has a mask: correct the pattern of 'mask'")
     _check_masks(spec, result, spec_path)
-    _check_salt(spec, result)
+    _check_images(result, spec_path)
+    if dicom:
+        _check_salt(spec)
     return result
 
 
@@ -147,20 +156,30 @@ def _check_masks(spec: Spec, sources: list[Source], spec_path: Path) -> None:
             raise UserError(f"{spec_path}: cases: '{source.id}' has none of the masks that the targets name")
 
 
-def _check_salt(spec: Spec, sources: list[Source]) -> None:
+def _check_images(sources: list[Source], spec_path: Path) -> None:
+    """Raise if the mask of one case is the image of another: a pattern that fits both makes negatives of masks."""
+    masks = {path: source.id for source in sources for paths in source.masks.values() for path in paths}
+    for source in sources:
+        owner = masks.get(source.image, source.id)
+        if owner != source.id:
+            raise UserError(
+                f"{spec_path}: cases: {source.image} is taken for an image, and is the mask of '{owner}': "
+                "choose the images by 'only', a regular expression that their ids contain"
+            )
+
+
+def _check_salt(spec: Spec) -> None:
     """Raise if identifiers from DICOM would be hashed with a key that everybody knows."""
-    if spec.salt is not None or spec.salt_env is not None:
-        return
-    first = sources[0]
-    if any(_may_be_dicom(path) for path in (first.image, *(path for paths in first.masks.values() for path in paths))):
+    if spec.salt is None and spec.salt_env is None:
         raise UserError(
             "DICOM carries patients' identifiers, which are hashed with a private key: add 'salt_env: DATA_SALT' and "
             "run `export DATA_SALT=$(openssl rand -hex 16)`, or 'salt: public' if the files are public"
         )
 
 
-def _may_be_dicom(path: Path) -> bool:
-    return path.is_dir() or path.suffix.lower() in (".dcm", ".dicom", ".ima", "")
+def _is_dicom(image: Path, masks: list[Path]) -> bool:
+    """Whether the image or a mask goes to the readers of DICOM, which take names without an ending too."""
+    return reader_for(image) is read_dicom or any(reader_for(mask, "mask") is read_dicom_drawing for mask in masks)
 
 
 def _expand(case: Case, folder: Path, spec_path: Path, skipped: list[str]) -> Iterator[Source]:
@@ -175,6 +194,8 @@ def _expand(case: Case, folder: Path, spec_path: Path, skipped: list[str]) -> It
                     f"{where}: '{{{name}}}' in '{text}' stands for nothing: '{case.image}' has no such placeholder"
                 )
     if not named:
+        if re.search(r"[{}*]", case.image):
+            raise UserError(f"{where}: '{case.image}' has no placeholder: write {{id}} for what differs between cases")
         if case.only is not None:
             raise UserError(f"{where}: 'only' chooses among files that fit a pattern, and '{case.image}' is one file")
         yield from _source(
@@ -208,23 +229,32 @@ def _source(
     skipped: list[str],
 ) -> Iterator[Source]:
     """Yield the case of an image, unless its mask is missing and the spec leaves such cases out."""
+    if not (image.is_file() or image.is_dir()):
+        raise UserError(f"{image}: no such file: correct the spec or pass --root")
     files = {name: _mask_files(text, texts, folder) for name, text in masks.items()}
-    missing = [name for name, paths in files.items() if not paths or not all(path.exists() for path in paths)]
+    missing = [
+        name for name, paths in files.items() if not paths or not all(path.is_file() or path.is_dir() for path in paths)
+    ]
     if missing and case.no_mask == "skip":
         skipped.append(identifier)
         return
     for name in missing:
         if case.no_mask == "error":
             place = files[name][0] if files[name] else _locate(_filled(masks[name], texts), folder)
-            raise UserError(f"{place}: no such file, the mask of {image}: correct the spec or --root, or set no_mask")
+            raise UserError(
+                f"{place}: no such file, the mask of {image}: correct the spec or --root, or set no_mask; 'only' "
+                "passes over what is no image"
+            )
         files[name] = ()
     patient = case.patient
     if patient == DICOM_PATIENT:
         from data_shards.readers.dicom_files import patient_of
 
         patient = patient_of(image)
-    elif patient is not None and texts:
-        patient = _patient(patient, identifier, texts, where)
+        if not patient:
+            raise UserError(f"{image}: its header names no patient: give 'patient' another rule, as a placeholder")
+    elif patient is not None:
+        patient = _patient(patient, identifier, texts, where) if texts else patient.removeprefix("=")
     yield Source(
         id=identifier,
         patient=identifier if patient is None else patient,
@@ -313,13 +343,14 @@ def _search(rule: str, identifier: str, where: str) -> re.Match[str] | None:
 
 def _patient(rule: str, identifier: str, texts: Mapping[str, str], where: str) -> str:
     """Return the patient of an id that a pattern found."""
-    if rule.startswith("="):
+    if rule.startswith("=") and rule != "=":
         return rule[1:]
     if _PLACEHOLDER.search(rule):
         return _filled(rule, texts)
     match = _search(rule, identifier, f"{where}: patient")
-    if match is None:
+    found = None if match is None else match[1] if match.re.groups else match[0]
+    if not found:
         raise UserError(
             f"{where}: patient '{rule}' finds nothing in the id '{identifier}'; one patient for all is '={rule}'"
         )
-    return match[1] if match.re.groups else match[0]
+    return found

@@ -46,9 +46,15 @@ class Case:
     """The terms that were looked for in these cases, where the data set is labelled in part; null means all."""
     no_mask: Literal["error", "empty", "skip"] = "error"
     """What a missing mask file means: a mistake, an image in which nothing was found, or a case to leave out."""
-    no_target: Literal["error", "empty", "skip"] = "error"
-    """What a mask without any of the targets means: the same three. A picture, and a volume whose slices are all kept
-    (``slices: {keep: all}``), may be empty without being a mistake."""
+    no_target: Literal["error", "empty", "skip"] | None = None
+    """What a mask without any of the targets means: the same three. By default a mistake; but nothing was found in a
+    picture, and in a volume whose slices are all kept (``slices: {keep: all}``)."""
+
+    def __post_init__(self) -> None:
+        if self.looked_for == []:
+            raise UserError("looked_for is empty: list the terms, or leave it out where all were looked for")
+        if self.mask == {}:
+            raise UserError("mask names no file")
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ class TargetSpec:
     tolerance: int = 0
     """How far each channel may lie from `colour`, as in lossy pictures."""
     instances: Literal["none", "layers", "values", "components"] = "none"
-    """What is one instance: nothing, each layer, each value of a label map, or each connected piece of a slice."""
+    """What is one instance: nothing, each layer, each value of a label map (or colour of a picture), or each connected
+    piece of a slice."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "term", vocabulary.canonical(self.term))
@@ -96,12 +103,23 @@ class TargetSpec:
             raise UserError(f"term '{self.term}': list its mask values; 0 is background (or say below: 0.5)")
         if self.instances == "values" and given:
             raise UserError(f"term '{self.term}': instances: values takes every value but 0: drop '{given[0]}'")
+        if not 0 <= self.tolerance <= 255 or (self.tolerance and self.colour is None):
+            raise UserError(f"term '{self.term}': tolerance goes with a colour, from 0 to 255, got {self.tolerance}")
         if self.colour is not None and (len(self.colour) != 3 or not all(0 <= part <= 255 for part in self.colour)):
             raise UserError(f"term '{self.term}': colour needs red, green and blue, each 0 to 255, got {self.colour}")
 
     def labels(self) -> list[int]:
         """Return the mask's values inside the target; empty if it is defined in another way."""
         return [self.value] if self.value is not None else list(self.values or [])
+
+    def has_rule(self) -> bool:
+        """Whether a value, a threshold or a colour says which pixels are inside."""
+        return any(getattr(self, name) is not None for name in _PIXEL_RULES)
+
+    def takes_background(self) -> bool:
+        """Whether 0 is inside the target, which is what a mask holds where nothing was drawn."""
+        black = self.colour is not None and max(self.colour) <= self.tolerance
+        return black or (self.above is not None and self.above < 0) or (self.below is not None and self.below > 0)
 
 
 _PIXEL_RULES = ("value", "values", "above", "below", "colour")
@@ -147,7 +165,7 @@ class Patches:
 
     def __post_init__(self) -> None:
         if self.size < 1 or (self.stride is not None and not 1 <= self.stride <= self.size):
-            raise UserError(f"patches need a size of at least 1 and a stride from 1 to size, got {self.stride}")
+            raise UserError(f"size must be at least 1 and stride from 1 to size, got {self.size} and {self.stride}")
 
 
 @dataclass(frozen=True)
@@ -241,6 +259,8 @@ class Spec:
             for term in case.looked_for or []:
                 if vocabulary.canonical(term) not in terms:
                     raise UserError(f"looked_for: no target '{term}'{nearest(term, terms)}")
+        if self.salt == "" or self.salt_env == "":
+            raise UserError("the salt is empty: it would be no secret")
         if self.salt is not None and self.salt_env is not None:
             raise UserError("salt and salt_env exclude each other")
 

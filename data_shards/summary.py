@@ -16,6 +16,7 @@ from data_shards.progress import clock
 
 _MOST_TERMS = 30
 """Terms that are listed; a data set of every organ has hundreds."""
+_MOST_REASONS = 12
 _CASES_SHOWN = 5
 
 
@@ -40,8 +41,11 @@ def show_corpus(folder: Path, manifest: Mapping[str, Any], console: Console) -> 
     reason = _reason(manifest["spec"].get("slices") or {})
     for term, count in manifest.get("dropped_targets", {}).items():
         console.print(f"dropped {count:,} targets '{term}' {reason}", soft_wrap=True)
-    for reason, count in manifest.get("left_out", {}).items():
-        console.print(f"left out {count:,}: {reason}", soft_wrap=True)
+    left_out = sorted(manifest.get("left_out", {}).items(), key=lambda item: -item[1])
+    for reason, count in left_out[:_MOST_REASONS]:
+        console.print(f"left out: {count:,} {reason}", soft_wrap=True)
+    if len(left_out) > _MOST_REASONS:
+        console.print(f"… and {len(left_out) - _MOST_REASONS:,} more reasons; manifest.json has all")
     for note in manifest.get("notes", []):
         console.print(f"note: {note}", soft_wrap=True)
     expected = manifest.get("about", {}).get("expected")
@@ -75,10 +79,10 @@ def show_plan(job: Job, console: Console) -> None:
     if len(job.cases) > _CASES_SHOWN:
         console.print(f"… and {len(job.cases) - _CASES_SHOWN:,} more cases")
     if plan.skipped:
-        console.print(f"left out {plan.skipped:,}: cases without a mask file")
+        console.print(f"left out: {plan.skipped:,} cases without a mask file")
     for note in plan.header["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
-    console.print("nothing was read or written")
+    console.print("nothing was built")
 
 
 def _show_part(result: BuildResult, console: Console) -> None:

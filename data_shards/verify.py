@@ -49,7 +49,7 @@ class Verification:
         """Return the counts on one line."""
         rate = self.bytes / 1e6 / max(self.seconds, 1e-9)
         return (
-            f"{self.samples:,} samples, {self.targets:,} targets in {self.splits} splits, "
+            f"{self.samples:,} samples, {self.targets:,} targets in {self.splits} split{'s' * (self.splits != 1)}, "
             f"{self.bytes / 1e6:.1f} MB at {rate:.0f} MB/s"
         )
 
@@ -76,13 +76,17 @@ def verify(folder: str | Path) -> Verification:
             except UserError as error:
                 result.problems += _check_without_index(name, path, str(error), seen, result, advance)
             else:
-                recorded = manifest.get("splits", {}).get(name, {}).get("index_sha256")
-                if recorded not in (None, dataset.index.sha256):
+                recorded = manifest.get("splits", {}).get(name, {})
+                if recorded.get("index_sha256") not in (None, dataset.index.sha256):
                     result.problems.append(f"{path}: the index is not the one that the manifest records: build again")
+                elif recorded and recorded != manifests.describe(dataset.index):
+                    result.problems.append(f"{path}: the manifest states other counts than the index: build again")
                 bar.update(task, total=len(dataset))
                 result.problems += _check_split(name, dataset, seen, result, advance)
                 dataset.close()
             result.problems += seen.lost_neighbours()
+    if not manifest and set(folders.values()) != {folder}:
+        result.problems.append(f"{folder}: has no {manifests.MANIFEST_NAME}: copy it again, or build the corpus again")
     if manifest:
         strays = {path.parent for path in folder.glob(f"*/{INDEX_NAME}")} - set(folders.values())
         result.problems += [f"{path}: the manifest lists no such split: move it away" for path in sorted(strays)]

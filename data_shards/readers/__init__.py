@@ -17,6 +17,7 @@ from data_shards.readers.base import (
     Volume,
     check_options,
     files_of,
+    fits_name,
     known_suffixes,
     own_options,
     read,

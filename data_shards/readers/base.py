@@ -7,6 +7,7 @@ Shapes: Z, Y, X are slices, rows and columns in LPS order.
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -86,11 +87,13 @@ class Drawing:
         complete: Whether everything was looked for in the whole volume. Where it is False, only a name that occurs
             among the layers counts as looked for: a region set lists what somebody drew, not what they searched.
         volume: The label map that it was read from, to compare its grid with the image's; None if it has no grid.
+        names: Every name and number that the file knows, drawn here or not; None where it has no such list.
     """
 
     layers: tuple[Layer, ...]
     complete: bool = True
     volume: Volume | None = None
+    names: tuple[tuple[str, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -279,6 +282,12 @@ def read_drawing(path: str | Path, ground: Ground, **options: Any) -> Drawing:
         return _guarded(path, lambda: reader(path, ground, **options))
     volume = read(path, "mask", **options)
     return Drawing((Layer(volume.array, name=path.name.partition(".")[0]),), volume=volume)
+
+
+def fits_name(name: str, wanted: str) -> bool:
+    """Whether a name is the wanted one, in which ``*`` is any text and ``?`` any character; case does not matter."""
+    pattern = wanted.strip().casefold().replace("[", "[[]")  # a bracket is text
+    return fnmatch.fnmatchcase(name.strip().casefold(), pattern)
 
 
 def _check_exists(path: Path) -> None:

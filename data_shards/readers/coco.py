@@ -47,7 +47,7 @@ def read_coco(
     unlisted: Literal["error", "empty"] = "error",
     match: Literal["path", "name"] = "path",
 ) -> Drawing:
-    """Read the annotations of one image: a layer each, with the name and the number of its category.
+    """Read the COCO annotations of one image: a layer each, with the name and the number of its category.
 
     Polygons become masks as in COCO's own tools.
 
@@ -68,9 +68,10 @@ def read_coco(
     about = path.stat()
     content = _load(path, about.st_size, about.st_mtime_ns)
     image = _find(path, content, ground.path, match)
+    names = tuple((name, number) for number, name in content.categories.items())
     if image is None:
         if unlisted == "empty":
-            return Drawing(())
+            return Drawing((), names=names)
         raise UserError(_unlisted(path, content, ground.path))
     size = (shape[1], shape[2])
     stated = tuple(image.get(name, side) for name, side in zip(("height", "width"), size, strict=True))
@@ -89,7 +90,7 @@ def read_coco(
             raise UserError(f"{where}: its category {show(number)} is not among the categories of the file")
         values, origin = _cropped(_runs(where, record.get("segmentation"), size), size[0])
         layers.append(Layer(values, origin, content.categories[number], number))
-    return Drawing(tuple(layers))
+    return Drawing(tuple(layers), names=names)
 
 
 @functools.lru_cache(maxsize=4)

@@ -6,7 +6,6 @@ what is wrong, never a value of its header, which may name a patient.
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import math
 import warnings
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from data_shards.errors import UserError
+from data_shards.readers.base import fits_name
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -286,7 +286,7 @@ def clean_text(value: Any) -> str:
 
 def is_wanted(name: str, regions: Sequence[str] | None) -> bool:
     """Whether a segment or region is one of those wanted, ``*`` being any text; all are if none are named."""
-    return regions is None or any(fnmatch.fnmatchcase(name.casefold(), text.strip().casefold()) for text in regions)
+    return regions is None or any(fits_name(name, text) for text in regions)
 
 
 def numbers(dataset: Dataset | None, keyword: str, count: int, path: Path) -> np.ndarray | None:

@@ -93,7 +93,19 @@ def read_images(
             array = read_tiff(path, why, level, orientation == "ignore", MAX_PIXELS)
         else:
             array = _stacked(path, [_values(path, image, options) for _ in _pages(path, image, options)])
+        _check_sums(path, file)
     return Volume(_as_asked(path, array, options), spacing=None, flat=True)
+
+
+def _check_sums(path: Path, file: IO[bytes]) -> None:
+    """Check the checksums of a PNG, which Pillow does not when it decodes: one flipped bit would be other pixels."""
+    file.seek(0)
+    if file.read(8) == b"\x89PNG\r\n\x1a\n":
+        file.seek(0)
+        try:
+            Image.open(file, formats=["PNG"]).verify()
+        except Exception as error:  # whatever damaged bytes make it raise
+            raise UserError(f"{path}: cannot be read, is it complete? ({error})") from error
 
 
 def _as_asked(path: Path, array: np.ndarray, options: _Options) -> np.ndarray:

@@ -15,7 +15,13 @@ _BAND = 2048
 """Rows that are read at once: OpenSlide gives four bytes for a pixel, of which three are kept."""
 
 
-@register(".svs", ".svslide", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif")
+def _parts(path: Path) -> list[Path]:
+    """Return the files in the folder beside a ``.mrxs``, which hold its pixels."""
+    folder = path.with_suffix("")
+    return sorted(folder.iterdir()) if path.suffix.lower() == ".mrxs" and folder.is_dir() else []
+
+
+@register(".svs", ".svslide", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", beside=_parts)
 def read_slide(path: Path, role: Role, level: int = 0) -> Volume:
     """Read one level of a slide as RGB (1, Y, X, 3) uint8.
 
@@ -44,8 +50,7 @@ def read_slide(path: Path, role: Role, level: int = 0) -> Volume:
         raise UserError(f"{path}: is no slide that OpenSlide knows, or is damaged") from None
     except openslide.OpenSlideError as error:
         raise UserError(f"{path}: cannot be read, is it complete? ({error})") from error
-    folder = path.with_suffix("")
-    parts = sorted(folder.iterdir()) if path.suffix.lower() == ".mrxs" and folder.is_dir() else []
+    parts = _parts(path)
     return Volume(array[np.newaxis], spacing, flat=True, files=(path, *parts) if parts else ())
 
 

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import nibabel
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 from toy import LPS_AFFINE, SHAPE, make_case, make_inputs, save_nifti, write_spec
 
-from data_shards.build import build
+from data_shards.build import build, prepare
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
 from data_shards.preprocessing import Window
@@ -161,13 +164,13 @@ def test_a_patient_in_two_splits_is_refused_and_named(tmp_path: Path) -> None:
 def test_where_no_patient_is_known_the_manifest_says_so(tmp_path: Path) -> None:
     make_inputs(tmp_path, cases=4)
     for patients, note in [
-        ([None] * 4, "no patient is known: split by image, and images of one patient may be in several splits"),
-        ([None, "a", "b", "b"], "the patient of 1 case is not known: split by image, and images of one patient may be "
-         "in several splits"),
-    ]:  # fmt: skip
+        ([None] * 4, "no patient is known"),
+        ([None, "a", "b", "b"], "the patient of 1 case is not known"),
+    ]:
         path = write_spec(tmp_path / "s.yaml", cases=explicit_cases(patients), split={"kind": "explicit"})
         manifest = build(path, tmp_path / "out", overwrite=True).manifest
-        assert manifest["notes"] == [note]
+        told = "split by image or series, and those of one patient may be in several splits"
+        assert manifest["notes"] == [f"{note}: {told}"]
         unknown = [source for source in manifest["sources"] if not source.get("patient_known", True)]
         assert len(unknown) == patients.count(None)
 
@@ -548,3 +551,98 @@ def test_image_and_mask_may_be_stored_in_different_orders(tmp_path: Path) -> Non
     build(spec, tmp_path / "turned")
     for one, other in zip(samples(tmp_path / "plain", "all"), samples(tmp_path / "turned", "all"), strict=True):
         assert one.targets == other.targets
+
+
+def test_a_mask_under_another_name_is_another_corpus(tmp_path: Path) -> None:
+    for number in range(3):
+        image, labels = make_case(number)
+        save_nifti(tmp_path / f"i{number}.nii.gz", image)
+        save_nifti(tmp_path / f"m{number}.nii.gz", labels)
+    targets = [
+        {"term": "left kidney", "mask": "left", "value": 1},
+        {"term": "right kidney", "mask": "right", "value": 1},
+    ]
+
+    def spec(*names: str) -> Path:
+        cases = [
+            {"image": f"i{n}.nii.gz", "mask": {name: f"m{n}.nii.gz"}, "id": str(n)} for n, name in enumerate(names)
+        ]
+        return write_spec(tmp_path / "s.yaml", cases=cases, targets=targets, split={"kind": "external"})
+
+    out = tmp_path / "out"
+    first = build(spec("left", "right", "left"), out).manifest
+    # A stopped build must not go on from blocks of the other.
+    names = [[block.name for block in prepare(spec("left", "right", last)).plan.blocks] for last in ("left", "right")]
+    assert names[0] != names[1]
+    with pytest.raises(UserError, match="1 case changed"):
+        build(spec("left", "right", "right"), out)
+    second = build(spec("left", "right", "right"), out, overwrite=True).manifest
+    count = len(samples(out, "external")) // 3
+    assert first["splits"]["external"]["targets"] == {"left kidney": 2 * count, "right kidney": count}
+    assert second["splits"]["external"]["targets"] == {"left kidney": count, "right kidney": 2 * count}
+
+
+def test_what_looks_like_a_mistake_is_told(tmp_path: Path) -> None:
+    targets = [{"term": "left kidny", "value": 1}, {"term": "liver", "value": 9}]
+    result = build(make_inputs(tmp_path / "in", targets=targets), tmp_path / "out")
+    assert result.warnings == (
+        "no sample has a target 'liver': is its name or value in the spec right?",
+        "term 'left kidny' is not in the vocabulary, and has no synonyms from there; did you mean 'left kidney'?",
+    )
+
+
+def test_other_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, out = make_inputs(tmp_path / "in"), tmp_path / "out"
+    build(spec, out)
+    assert build(spec, out).warnings == ()
+    monkeypatch.setattr("data_shards.manifest._version", lambda name: "99" if name == "pillow" else version(name))
+    (warning,) = build(spec, out).warnings
+    assert re.search(r"out was built with pillow [\d.]+ \(now 99\): if that matters, remove it", warning)
+
+
+def test_a_mask_file_under_another_name_is_another_corpus(tmp_path: Path) -> None:
+    image, labels = make_case(0)
+    save_nifti(tmp_path / "i.nii.gz", image)
+    save_nifti(tmp_path / "seg" / "kidney_left.nii.gz", labels)
+    targets = [{"term": "left kidney", "name": "kidney_left"}, {"term": "right kidney", "name": "kidney_right"}]
+    cases = [{"image": "i.nii.gz", "mask": "seg/*.nii.gz"}]
+    spec, out = tmp_path / "s.yaml", tmp_path / "out"
+    write_spec(spec, cases=cases, targets=targets, split={"kind": "external"})
+    assert build(spec, out).manifest["splits"]["external"]["targets"] == {"left kidney": 6, "right kidney": 0}
+    (tmp_path / "seg" / "kidney_left.nii.gz").rename(tmp_path / "seg" / "kidney_right.nii.gz")
+    with pytest.raises(UserError, match="1 case changed"):
+        build(spec, out)
+    found = build(spec, out, overwrite=True).manifest["splits"]["external"]["targets"]
+    assert found == {"left kidney": 0, "right kidney": 6}
+
+
+def test_an_image_in_two_splits_is_refused_and_named(tmp_path: Path) -> None:
+    make_inputs(tmp_path, cases=1)
+    case = {"image": "imgs/PAT0_scan.nii.gz", "mask": "gts/PAT0_scan_seg.nii.gz"}
+    cases = [{**case, "id": name, "split": name} for name in ("train", "test")]
+    with pytest.raises(UserError, match=r"PAT0_scan\.nii\.gz is there twice, with the same mask: drop one case"):
+        build(write_spec(tmp_path / "s.yaml", cases=cases, split={"kind": "explicit"}), tmp_path / "out")
+    shutil.copy(tmp_path / case["mask"], tmp_path / "other.nii.gz")
+    cases[1]["mask"] = "other.nii.gz"
+    with pytest.raises(UserError, match=r"PAT0_scan\.nii\.gz is the image of cases in test and train"):
+        build(write_spec(tmp_path / "s.yaml", cases=cases, split={"kind": "explicit"}), tmp_path / "out")
+
+
+def test_a_copy_of_an_image_in_another_split_is_told(tmp_path: Path) -> None:
+    path = make_inputs(tmp_path, cases=2, split={"kind": "explicit"})
+    shutil.copy(tmp_path / "imgs" / "PAT0_scan.nii.gz", tmp_path / "imgs" / "PAT1_scan.nii.gz")
+    cases = [
+        {"image": f"imgs/PAT{n}_scan.nii.gz", "mask": f"gts/PAT{n}_scan_seg.nii.gz", "patient": f"p{n}", "split": name}
+        for n, name in enumerate(("train", "test"))
+    ]
+    result = build(write_spec(path, cases=cases, split={"kind": "explicit"}), tmp_path / "out")
+    assert result.manifest["repeated_images"] == {"in_several_splits": 1, "in_one_split": 0}
+    assert any("1 images are in several splits" in warning for warning in result.warnings)
+
+
+def test_targets_that_fit_nothing_are_named_as_such(tmp_path: Path) -> None:
+    targets = [{"term": "spleen", "value": 7}]
+    cases = [{"image": "imgs/{id}.nii.gz", "mask": "gts/{id}_seg.nii.gz", "patient": "^(PAT[0-9]+)_"}]
+    path = write_spec(make_inputs(tmp_path, cases=2), targets=targets, cases=[{**cases[0], "no_target": "empty"}])
+    with pytest.raises(UserError, match="no sample has a target: 20 slices were read: correct 'targets' or 'slices'"):
+        build(path, tmp_path / "out")

@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 from toy import SHAPE, make_case, save_nifti, write_spec
 
+from data_shards import convert
 from data_shards.convert import Conversion
 from data_shards.errors import UserError
+from data_shards.preprocessing import slices_of
 from data_shards.sources import find_sources
 from data_shards.spec import Spec, load_spec
 from data_shards.triplet import Triplet
@@ -96,7 +98,7 @@ def test_a_large_window_is_the_image(tmp_path: Path) -> None:
 def test_values_without_a_target_are_told(tmp_path: Path) -> None:
     spec, case = one_case(tmp_path, targets=[{"term": "left kidney", "value": 1}])
     samples(spec, case)
-    assert case.left_out["mask value 2, which no target names"] == 1
+    assert case.left_out["masks with the value 2, which no target takes"] == 1
     assert case.left_out["slices without a target"] == SHAPE[0] - 6
 
 
@@ -201,3 +203,129 @@ def test_the_hash_of_a_header_covers_its_data(tmp_path: Path) -> None:
     (tmp_path / "a.raw").write_bytes(data)
     case.hash_files()
     assert case.image_sha256 != before
+
+
+def test_masks_of_fractions_are_named(tmp_path: Path) -> None:
+    labels = make_case(0)[1].astype(np.float32)
+    labels[4, 6, 6] = 0.5
+    with pytest.raises(UserError, match=r"m\.nii\.gz: its values are no labels"):
+        samples(*one_case(tmp_path, labels))
+
+
+def test_an_atlas_in_many_files_is_not_held_whole(tmp_path: Path) -> None:
+    image = make_case(0)[0]
+    save_nifti(tmp_path / "a.nii.gz", image)
+    for number in range(3):
+        mask = np.zeros(SHAPE, np.uint8)
+        mask[number + 1, 2:4, 5:8] = 1
+        save_nifti(tmp_path / f"m{number}.nii.gz", mask)
+    targets = [{"term": "liver", "name": "m0"}, {"term": "spleen", "name": "m2"}]
+    cases = [{"image": "a.nii.gz", "mask": "m*.nii.gz", "split": "train"}]
+    spec, case = opened(write_spec(tmp_path / "s.yaml", cases=cases, targets=targets, split={"kind": "explicit"}))
+    read = convert._Case(spec, case)
+    assert [sheet.layer.values.size for sheet in read.drawings._sheets[""]] == [6, 6, 6]
+    found = samples(spec, case)
+    assert [(item.provenance.slice_index, item.targets[0].term, item.targets[0].box) for item in found] == [
+        (1, "liver", (5, 2, 7, 3)),
+        (3, "spleen", (5, 2, 7, 3)),
+    ]
+    assert all(item.looked_for == ("liver", "spleen") for item in found)
+
+
+@pytest.mark.parametrize("second", ["ct", "1.2.840.113", "b.dcm"])
+def test_identifiers_of_dicom_need_a_salt_whatever_comes_first(tmp_path: Path, second: str) -> None:
+    (tmp_path / "ct").mkdir()
+    for name in ("a.png", "b.dcm", "1.2.840.113", "c.jpg", "m.png"):
+        (tmp_path / name).touch()
+    cases = [{"image": name, "mask": "m.png"} for name in ("a.png", second, "c.jpg")]
+    changes = {"cases": cases, "split": {"kind": "external"}}
+    path = write_spec(tmp_path / "s.yaml", **changes)
+    with pytest.raises(UserError, match="hashed with a private key: add 'salt_env"):
+        find_sources(load_spec(path), path)
+    path = write_spec(tmp_path / "s.yaml", **changes, salt="public")
+    assert len(find_sources(load_spec(path), path)) == 3
+
+
+def random_recipe(rng: np.random.Generator) -> dict:
+    """Slices, windows, split and targets in any combination."""
+    slices = {"axis": str(rng.choice(["axial", "coronal", "sagittal"])), "keep": str(rng.choice(["all", "nonempty"]))}
+    numbers = {"start": rng.integers(2), "step": rng.integers(1, 3), "min_area": rng.integers(1, 4)}
+    border = {"border": str(rng.choice(["keep", "drop"])), "min_voxels": int(rng.choice([1, 1, 10]))}
+    size = int(rng.integers(2, 7))
+    slabs = {"kind": "slabs", "thickness": 3, "guard": int(rng.integers(2))}
+    return {
+        "slices": {**slices, **border, **{name: int(number) for name, number in numbers.items()}},
+        "patches": {"size": size, "stride": int(rng.integers(1, size + 1))} if rng.random() < 0.5 else None,
+        "split": slabs if rng.random() < 0.5 else {"kind": "external"},
+        "intensity": {"kind": "none"},
+        "targets": [
+            {"term": "left kidney", "values": [1, -3]},
+            {"term": "kidney cyst", "value": 2},
+            {"term": "kidney", "instances": "values"},
+        ],
+    }
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_recipe_gives_what_was_drawn(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = np.zeros(SHAPE, np.int16)
+    for value in (1, 2, -3):
+        z, y, x = (int(rng.integers(side)) for side in SHAPE)
+        labels[z : z + 4, y : y + 5, x : x + 3] = value
+    recipe = random_recipe(rng)
+    cases = [{"image": "a.nii.gz", "mask": "m.nii.gz"}]
+    spec, case = one_case(tmp_path, labels, **recipe, cases=cases)
+    images, drawn = (slices_of(array, spec.slices.axis) for array in (make_case(0)[0], labels))
+    found = [(split, sample) for split, sample in case.samples(spec) if sample is not None]
+    by_key = {sample.key: (split, sample) for split, sample in found}
+    assert len(by_key) == len(found)
+    for split, sample in found:
+        origin, (height, width) = sample.provenance, sample.image.shape
+        top, left = origin.patch or (0, 0)
+        assert origin.slice_index is not None
+        place = np.s_[origin.slice_index, top : top + height, left : left + width]
+        np.testing.assert_array_equal(sample.image, images[place])
+        for target in spec.targets:
+            rules = [target.labels() or [1, 2, -3], *([[value] for value in (-3, 1, 2)] * (target.term == "kidney"))]
+            masks = [np.isin(drawn[place], rule) for rule in rules]
+            kept = [mask for mask, rule in zip(masks, rules, strict=True) if is_kept(mask, labels, rule, spec)]
+            mine = [item.mask() for item in sample.targets if item.term == target.term]
+            assert [mask.tolist() for mask in mine] == [mask.astype(int).tolist() for mask in kept]
+            assert (target.term in sample.looked_for) == bool(kept or not masks[0].any())
+        for step, key in ((-1, origin.previous), (1, origin.next)):
+            beside = (split, origin.slice_index + step * spec.slices.step, origin.patch)
+            there = [name for name, (part, other) in by_key.items()
+                     if (part, other.provenance.slice_index, other.provenance.patch) == beside]  # fmt: skip
+            assert there == ([] if key is None else [key])
+
+
+def is_kept(mask: np.ndarray, labels: np.ndarray, rule: list[int], spec: Spec) -> bool:
+    inner = np.zeros_like(mask)
+    inner[1:-1, 1:-1] = True
+    large = mask.sum() >= spec.slices.min_area and np.isin(labels, rule).sum() >= spec.slices.min_voxels
+    return bool(mask.any() and large and not (spec.slices.border == "drop" and mask[~inner].any()))
+
+
+@pytest.mark.parametrize("no_mask", ["error", "empty"])
+def test_a_mask_is_never_taken_for_an_image(tmp_path: Path, no_mask: str) -> None:
+    for name in ("a", "b", "a_mask", "b_mask"):
+        Image.new("L", (4, 4)).save(tmp_path / f"{name}.png")
+    case = {"image": "{id}.png", "mask": "{id}_mask.png", "no_mask": no_mask}
+    path = picture_spec(tmp_path, cases=[{**case, "only": "^.$"}])
+    assert [source.id for source in find_sources(load_spec(path), path)] == ["a", "b"]
+    path = picture_spec(tmp_path, cases=[case])
+    with pytest.raises(UserError, match="a_mask.png is taken for an image, and is the mask of 'a'" if no_mask == "empty"
+                       else "no such file, the mask of"):  # fmt: skip
+        find_sources(load_spec(path), path)
+
+
+def test_one_patient_is_one_whether_cases_are_listed_or_found(tmp_path: Path) -> None:
+    for name in ("P1_a", "P1_b"):
+        Image.new("L", (4, 4)).save(tmp_path / f"{name}.png")
+    cases = [
+        {"image": "P1_a.png", "mask": "P1_a.png", "patient": "=P1"},
+        {"image": "{id}.png", "mask": "{id}.png", "only": "_b", "patient": "^(P.)_"},
+    ]
+    path = picture_spec(tmp_path, cases=cases)
+    assert {source.patient for source in find_sources(load_spec(path), path)} == {"P1"}

@@ -27,6 +27,7 @@ from toy_dicom import (
 
 from data_shards.errors import UserError
 from data_shards.readers import Drawing, Ground, Layer, read_drawing, read_volume
+from data_shards.readers.dicom_files import is_wanted
 
 SHAPE = (4, 5, 7)  # 35 pixels: frames do not end with bytes
 BUNDLED = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -413,3 +414,8 @@ def test_real_segmentations(test_data: Path) -> None:
     )
     for number, layer in enumerate(shapes.layers):
         np.testing.assert_array_equal(full(layer, pixels.shape[:3]), pixels[..., number])
+
+
+def test_brackets_in_names_are_text() -> None:
+    assert is_wanted("GTV [1]", ["gtv [1]"]) and is_wanted("GTV [1]", ["*[1]"])
+    assert not is_wanted("GTV 1", ["gtv [1]"]) and not is_wanted("a", ["[a]"])

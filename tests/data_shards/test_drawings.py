@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_shards.drawings import Drawings, present, select
+from data_shards.drawings import Drawings, present, select, shrunk
 from data_shards.errors import UserError
-from data_shards.readers import Drawing, Layer
+from data_shards.readers import Drawing, Layer, Volume
 from data_shards.spec import TargetSpec
 
 SHAPE = (4, 10, 12)
@@ -136,7 +136,7 @@ def test_rules_of_pixels() -> None:
 def test_values_that_no_target_names() -> None:
     labels = label_map()
     labels[0, 0, 0] = 9
-    assert drawings(Layer(labels)).unnamed([TargetSpec("a", value=1)]) == {"": [2, 9]}
+    assert drawings(Layer(labels)).unnamed([TargetSpec("a", value=1)]) == {"": ["2", "9"]}
     assert drawings(Layer(labels)).unnamed([TargetSpec("a", values=[1, 2, 9])]) == {}
     assert drawings(Layer(labels)).unnamed([TargetSpec("a", above=1)]) == {}
 
@@ -147,3 +147,87 @@ def test_present(dtype: str) -> None:
     if dtype == "float32":
         with pytest.raises(UserError, match="its values are no labels"):
             present(np.array([0.5], dtype))
+
+
+@pytest.mark.parametrize("rule", [{"below": 0.5}, {"above": -1}, {"colour": [3, 3, 3], "tolerance": 3}])
+def test_what_was_not_drawn_is_not_known_of_a_box(rule: dict) -> None:
+    box = np.ones((2, 3, 4), np.uint8)
+    target = TargetSpec("x", name="a", **rule)
+    with pytest.raises(UserError, match="'x' also takes what was not drawn"):
+        drawings(Layer(box, (1, 5, 6), "a")).find(target, 1, WHOLE)
+    assert not any(TargetSpec("x", **other).takes_background() for other in ({"below": 0}, {"above": 0}, {"value": 1}))
+    whole = np.zeros(SHAPE, np.uint8)
+    whole[1, 5:8, 6:10] = 9
+    (found,) = drawings(Layer(whole, name="a")).find(TargetSpec("x", name="a", below=0.5), 1, WHOLE)
+    assert found.mask.sum() == 10 * 12 - 3 * 4
+
+
+def test_each_colour_is_an_instance() -> None:
+    colours = np.zeros((*SHAPE, 3), np.uint8)
+    colours[1, 2:5, 3:6], colours[1, 6:8, 0:2] = (255, 0, 7), (0, 9, 0)
+    target = TargetSpec("x", instances="values")
+    one = drawings(Layer(colours))
+    found = one.find(target, 1, WHOLE)
+    assert [(item.kind, int(item.mask.sum())) for item in found] == [("semantic", 13), ("instance", 4), ("instance", 9)]
+    assert sorted(one.voxels(target).values()) == [4, 9, 13]
+
+
+@pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
+def test_layers_are_cut_to_what_is_drawn(axis) -> None:
+    for values in (label_map(), np.repeat(label_map()[..., None], 3, axis=-1), -label_map().astype(np.float32)):
+        before = Drawing((Layer(values, name="a", number=4),), volume=Volume(values, None))
+        after = shrunk(before)
+        (layer,) = after.layers
+        assert layer.values.shape[:3] == (2, 7, 9) and layer.origin == (1, 2, 3) and layer.values.base is None
+        assert (layer.name, layer.number) == ("a", 4) and after.volume is not None and not after.volume.array.size
+        size = {"axial": (10, 12), "coronal": (4, 12), "sagittal": (4, 10)}[axis]
+        for number in range(4):
+            pair = [
+                Drawings({"": [item]}, SHAPE, axis).find(TargetSpec("x", name="a"), number, (0, 0, *size))
+                for item in (before, after)
+            ]
+            assert [item.mask.tolist() for item in pair[0]] == [item.mask.tolist() for item in pair[1]]
+    full = Layer(np.ones(SHAPE, np.uint8))
+    assert shrunk(Drawing((full,))).layers[0] is full
+    assert shrunk(Drawing((Layer(np.zeros(SHAPE, np.uint8)),))).layers[0].values.size == 0
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int16", "uint16", "int32", "float32"])
+def test_voxels_are_counted(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    values = (rng.integers(0, 2, SHAPE) if dtype == "bool" else rng.integers(-3 * (dtype[0] != "u"), 9, SHAPE)).astype(
+        dtype
+    )
+    one = drawings(Layer(values))
+    assert one.voxels(TargetSpec("x", values=[1, 7, 7]))[None] == np.isin(values, [1, 7]).sum()
+    assert one.voxels(TargetSpec("x", value=-3, instances="components"))[None] == (values == -3).sum()
+    assert present(values) == [int(value) for value in np.unique(values) if value]
+
+
+def test_names_that_the_file_does_not_know_and_values_over_several_names() -> None:
+    ones = np.ones((1, 2, 2), np.uint8)
+    listed = Drawing((Layer(ones, name="polyp", number=3),), names=(("polyp", 3), ("tool", 9)))
+    coco = Drawings({"": [listed]}, SHAPE, "axial")
+    coco.check(TargetSpec("polyp", name="Polyp"))
+    coco.check(TargetSpec("tool", number=9))  # known, though not drawn here
+    for target, message in (
+        (TargetSpec("tool", name="toool"), "nothing in it has the name 'toool'; it has 3 'polyp', 9 'tool'"),
+        (TargetSpec("tool", number=4), "nothing in it has the number 4"),
+        (TargetSpec("polyp", value=1), "takes what is inside any of 'polyp', 'tool': choose by name or number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            coco.check(target)
+    both = drawings(Layer(ones, name="GTV"), Layer(ones, name="couch"), complete=False)
+    with pytest.raises(UserError, match="takes what is inside any of 'GTV', 'couch'"):
+        both.check(TargetSpec("tumor", value=1))
+    both.check(TargetSpec("tumor", instances="layers"))
+    drawings(Layer(ones, name="GTV"), complete=False).check(TargetSpec("tumor", value=1))
+
+
+def test_colours_that_no_target_takes() -> None:
+    picture = np.zeros((1, 10, 12, 3), np.uint8)
+    picture[0, 0, :3] = [[255, 0, 0], [254, 3, 1], [0, 0, 255]]
+    red = TargetSpec("polyp", colour=[255, 0, 0])
+    assert drawings(Layer(picture)).unnamed([red]) == {"": ["[0, 0, 255]", "[254, 3, 1]"]}
+    wide = TargetSpec("polyp", colour=[255, 0, 0], tolerance=3)
+    assert drawings(Layer(picture)).unnamed([wide]) == {"": ["[0, 0, 255]"]}

@@ -143,3 +143,14 @@ def test_cut_along_each_axis() -> None:
     assert (sagittal.spacing, sagittal.slice_spacing) == ((5.0, 2.0), 1.0)
     colour = cut(Volume(np.zeros((2, 3, 4, 3)), None), "sagittal")
     assert colour.slices.shape == (4, 2, 3, 3) and colour.spacing is None
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "uint16", "float32"])
+def test_percentiles_are_those_of_wide_numbers(dtype: str) -> None:
+    extremes = np.iinfo(dtype) if dtype[0] != "f" else np.finfo("float16")
+    volume = np.repeat(np.array([extremes.min, extremes.max], dtype), 50).reshape(1, 10, 10)
+    before = volume.copy()
+    found = Percentiles(low=49.6, high=99.5, nonzero=False).fit(volume)
+    low, high = np.percentile(volume.astype(np.float64), [49.6, 99.5])
+    assert (found.low, found.high) == pytest.approx((low, high))
+    np.testing.assert_array_equal(volume, before)

@@ -125,7 +125,7 @@ def test_images_that_are_not_clear(tmp_path: Path) -> None:
         read(path, "train/b.png", match="name")
     with pytest.raises(UserError, match=r"no image is called 'c\.png'.*unlisted: empty"):
         read(path, "c.png")
-    assert read(path, "c.png", unlisted="empty") == Drawing(())
+    assert read(path, "c.png", unlisted="empty").layers == ()
     path = save(tmp_path / "b.json", [], [image(1), image(2)])
     with pytest.raises(UserError, match=r"may be 'a\.png' \(id 1\) and 'a\.png' \(id 2\)"):
         read(path)

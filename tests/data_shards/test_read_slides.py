@@ -9,7 +9,7 @@ import pytest
 import tifffile
 
 from data_shards.errors import UserError
-from data_shards.readers import read_mask, read_volume, slides
+from data_shards.readers import files_of, read_mask, read_volume, slides
 
 openslide = pytest.importorskip("openslide")
 
@@ -130,3 +130,12 @@ def test_without_openslide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(UserError, match=r"a\.svs: slides need OpenSlide: pip install openslide-python openslide-bin"):
         read_volume(path)
+
+
+def test_the_files_beside_a_mirax_slide_are_its_own(tmp_path: Path) -> None:
+    path = pyramid(tmp_path / "a.mrxs")
+    assert files_of(path) == [path]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "Data0000.dat").touch()
+    assert files_of(path) == [path, tmp_path / "a" / "Data0000.dat"]
+    assert files_of(pyramid(tmp_path / "b.svs")) == [tmp_path / "b.svs"]

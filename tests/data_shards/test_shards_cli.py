@@ -76,7 +76,7 @@ def test_build_verify_and_reuse_say_what_they_did(tmp_path: Path, capsys: pytest
     rows = [re.split(r" *│ *", line)[1:-1] for line in text.out.splitlines() if line.startswith("│")]
     assert [row[:5] for row in rows[:2]] == [["test", "12", "12", "2", "1"], ["train", "12", "12", "2", "1"]]
     assert rows[2:] == [["kidney cyst", "0", ""], ["left kidney", "24", "45"]]
-    assert re.search(r"^left out 16: .*without a target", text.out, re.MULTILINE)
+    assert re.search(r"^left out: 16 slices without a target", text.out, re.MULTILINE)
     assert re.search(r"^24 slices in 0:00:0\d, [\d,]+/s$", text.out, re.MULTILINE)
     assert main(["build", str(spec), "--out", str(out)]) == 0
     assert capsys.readouterr().out.endswith(f"reused {out}\n")
@@ -115,7 +115,7 @@ def test_a_dry_run_shows_the_plan_and_does_nothing(tmp_path: Path, capsys: pytes
     rows = [re.split(r" *│ *", line)[1:4] for line in text.out.splitlines() if line.startswith("│")]
     assert rows == [["test", "4", "1"], ["train", "4", "1"]]
     assert f"PAT1_scan: patient PAT1\n  image {tmp_path / IMAGE}\n  mask {tmp_path / MASK}\n" in text.out
-    assert "… and 3 more cases\n" in text.out and text.out.endswith("nothing was read or written\n")
+    assert "… and 3 more cases\n" in text.out and text.out.endswith("nothing was built\n")
 
 
 def test_finished_blocks_are_announced_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +179,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["build", "x.yaml", "--rot=a", "--out=y"], "build: unknown option '--rot'; did you mean '--root'?"),
         (["inspect", "y", "--sampel", "k"], "inspect: unknown option '--sampel'; did you mean '--sample'?"),
         (["verify", "y", "--zzz"], "verify: unknown option '--zzz'; known: --help, -h"),
-        (["build", "x.yaml"], "the following arguments are required: --out; see data-shards build --help"),
+        (["build", "x.yaml"], "build: --out is missing: the folder of the corpus; see data-shards build --help"),
         (["build", "--out", "y"], "the following arguments are required: SPEC.yaml; see data-shards build --help"),
         (["build", "x.yaml", "--out"], "argument --out: expected one argument; see data-shards build --help"),
         (["verify", "a", "b"], "verify: unexpected 'b'; see data-shards verify --help"),
@@ -210,7 +210,7 @@ def build_complaint(capsys: pytest.CaptureFixture[str], folder: Path, spec: Path
         ("\tx: 1\n", "not valid YAML: while scanning"),
         ("", "expected a mapping of keys to values, got None"),
         ("just words\n", "expected a mapping of keys to values, got 'just words'"),
-        (b"\xff\xfe\x00", "cannot be read"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
         (None, "no such spec file"),
     ],
 )

@@ -84,7 +84,15 @@ def target(**changes: object) -> list[dict]:
         ({"targets": target(colour=[1, 2])}, "colour needs red, green and blue, each 0 to 255, got [1, 2]"),
         ({"targets": target(value=1, instances="values")}, "instances: values takes every value but 0: drop 'value'"),
         ({"targets": target(value=1, instances="each")}, "instances: expected one of none, layers, values, components"),
-        ({"patches": {"size": 4, "stride": 5}}, "patches: patches need a size of at least 1"),
+        (
+            {"patches": {"size": 4, "stride": 5}},
+            "patches: size must be at least 1 and stride from 1 to size, got 4 and 5",
+        ),
+        ({"targets": target(value=1, tolerance=3)}, "tolerance goes with a colour, from 0 to 255, got 3"),
+        ({"cases": [{"image": "a", "mask": "b", "looked_for": []}]}, "cases[0]: looked_for is empty"),
+        ({"cases": [{"image": "a", "mask": {}}]}, "cases[0]: mask names no file"),
+        ({"cases": [{"image": "a", "mask": None}]}, "cases[0].mask: expected text (quote it) or a mapping"),
+        ({"salt": ""}, "the salt is empty"),
         ({"patches": 512}, "patches: expected a mapping of keys to values, got 512"),
         ({"expected": {"images": "many"}}, "expected.images: expected a whole number, got 'many'"),
         ({"intensity": {"kind": "window", "name": "lung", "level": 3}}, "has its own level and width"),
@@ -121,7 +129,12 @@ def test_mistakes_are_one_line(tmp_path: Path, changes: dict, message: str) -> N
 
 
 def test_files_that_are_no_spec(tmp_path: Path) -> None:
-    for content, message in [("a: [1", "not valid YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping")]:
+    for content, message in [
+        ("a: [1", "not valid YAML"),
+        ("a: 1\nb:\n  c: 1\n  c: 2\n", r"the key 'c' is given twice \(line 3 and below\): merge the two"),
+        ("- 1", "expected a mapping"),
+        ("", "expected a mapping"),
+    ]:
         (tmp_path / "s.yaml").write_text(content)
         with pytest.raises(UserError, match=message):
             load_spec(tmp_path / "s.yaml")

@@ -104,6 +104,9 @@ def test_an_external_set_is_never_trained_on(tmp_path: Path) -> None:
     data = TripletDataModule(train=str(tmp_path / "external"), test=str(tmp_path / "external"))
     with pytest.raises(UserError, match="is an external test set: it is never trained on"):
         data.setup("fit")
+    (tmp_path / "train").symlink_to(tmp_path / "external")
+    with pytest.raises(UserError, match="is an external test set: it is never trained on"):
+        TripletDataModule(train=str(tmp_path / "train")).setup("fit")
 
 
 def test_rules_name_their_splits_and_travel() -> None:

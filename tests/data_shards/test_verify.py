@@ -162,8 +162,7 @@ def test_targets_that_contradict_themselves(corpus: Path, field: str, value: obj
             record["targets"][0][field] = value
 
     rewrite(corpus / "train", change)
-    (corpus / "manifest.json").unlink()
-    found = problems(corpus)
+    found = problems(corpus / "train")
     assert len(found) == 2 and all(message in problem and f"{SHARD}: sample 'toy-" in problem for problem in found)
 
 
@@ -280,8 +279,7 @@ def test_neighbours_that_do_not_exist(corpus: Path) -> None:
             record["provenance"]["next"] = "nobody"
 
     rewrite(folder, change)
-    (corpus / "manifest.json").unlink()
-    assert problems(corpus) == [
+    assert problems(folder) == [
         f"{folder / SHARD}: sample '{keys[3]}': its previous slice '{others[0]}' is not in this split",
         f"{folder / SHARD}: sample '{keys[8]}': its next slice 'nobody' is not in this split",
     ]
@@ -340,3 +338,14 @@ def test_a_hostile_manifest_leads_nowhere(
         path.write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(UserError, match=r"manifest\.json: damaged manifest \("):
             verify(corpus)
+
+
+def test_a_corpus_without_its_manifest_or_with_other_counts(corpus: Path) -> None:
+    path = corpus / "manifest.json"
+    content = json.loads(path.read_text())
+    content["splits"]["train"]["slices"] += 1
+    path.write_text(json.dumps(content))
+    assert problems(corpus) == [f"{corpus / 'train'}: the manifest states other counts than the index: build again"]
+    path.unlink()
+    assert problems(corpus) == [f"{corpus}: has no manifest.json: copy it again, or build the corpus again"]
+    assert problems(corpus / "train") == []
