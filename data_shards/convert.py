@@ -17,7 +17,7 @@ import numpy as np
 from data_shards.drawings import Drawings, Found, Window, shrunk
 from data_shards.errors import UserError
 from data_shards.preprocessing import Axis, Rescale, Stack, check_finite, cut
-from data_shards.readers import Drawing, Ground, own_options, read_drawing, read_volume
+from data_shards.readers import Drawing, Ground, Windowed, own_options, read_drawing, read_volume
 from data_shards.sources import Source, files_sha256
 from data_shards.spec import Hasher, Patches, Spec, TargetSpec
 from data_shards.splits import SliceRule
@@ -110,6 +110,7 @@ class _Case:
     def __init__(self, spec: Spec, conversion: Conversion) -> None:
         self.spec, self.conversion, source = spec, conversion, conversion.source
         self.image = read_volume(source.image, **own_options(source.image, "image", spec.reader))
+        self._check_large()
         check_finite(self.image.array, str(source.image))
         self.axis: Axis = "axial" if self.image.flat else spec.slices.axis
         self.stack: Stack = cut(self.image, self.axis)
@@ -154,8 +155,7 @@ class _Case:
                 self.conversion.left_out["slices without a target"] += 1
                 yield split, None
                 continue
-            top, left, height, width = window
-            pixels = self.stack.slices[number][top : top + height, left : left + width]
+            pixels = self._pixels(number, window)
             yield (
                 split,
                 Triplet(
@@ -166,6 +166,28 @@ class _Case:
                     provenance=self._provenance(place, kept, keys),
                 ),
             )
+
+    def _check_large(self) -> None:
+        """Raise if an image that does not fit into the memory would have to be read whole."""
+        if not isinstance(self.image.array, Windowed):
+            return
+        image, (height, width) = self.conversion.source.image, self.image.array.shape[1:3]
+        if self.spec.patches is None:
+            raise UserError(
+                f"{image}: has {width} x {height} pixels: cut it by patches: {{size: 1024}}, or take a smaller level "
+                "by reader: {level: 1}"
+            )
+        if self.spec.intensity.kind not in ("rgb", "none"):
+            raise UserError(f"{image}: is too large for intensity '{self.spec.intensity.kind}': say kind: rgb or none")
+
+    def _pixels(self, number: int, window: Window) -> np.ndarray:
+        """Return a window (h, w) or (h, w, 3) of a slice, as it is in the file."""
+        top, left, height, width = window
+        rows, columns = slice(top, top + height), slice(left, left + width)
+        if isinstance(self.image.array, Windowed):
+            return self.image.array.window(number, rows, columns)
+        part: np.ndarray = self.stack.slices[number][rows, columns]
+        return part
 
     def _read(self, path: Path) -> Drawing:
         """Read one mask file and check that it lies on the image."""

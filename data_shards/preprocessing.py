@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data_shards.errors import UserError
-from data_shards.readers import Volume
+from data_shards.readers import Volume, Windowed
 
 Axis = Literal["axial", "coronal", "sagittal"]
 
@@ -219,6 +219,8 @@ def cut(volume: Volume, axis: Axis) -> Stack:
 
 def slices_of(array: np.ndarray, axis: Axis) -> np.ndarray:
     """View a volume (Z, Y, X) or (Z, Y, X, 3), or a box of one, as slices (N, H, W) or (N, H, W, 3) along an axis."""
+    if isinstance(array, Windowed):  # a picture, which has one axis only
+        return array
     upright = array if axis == "axial" else array[::-1]
     return upright.transpose(*_ORDER[axis], *range(3, array.ndim))
 

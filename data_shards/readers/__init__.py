@@ -15,6 +15,7 @@ from data_shards.readers.base import (
     Ground,
     Layer,
     Volume,
+    Windowed,
     check_options,
     files_of,
     fits_name,

@@ -35,7 +35,7 @@ class Volume:
     SimpleITK's array of an axial scan. A picture without a place in a patient is one slice, as it is seen on a screen.
 
     Attributes:
-        array: (Z, Y, X) grey or labels, or (Z, Y, X, 3) RGB, at native dtype.
+        array: (Z, Y, X) grey or labels, or (Z, Y, X, 3) RGB, at native dtype. That of a large slide is a `Windowed`.
         spacing: Distance between neighbours (z, y, x) in mm, or None if the file does not say.
         affine: (4, 4) from an index (x, y, z) of the array to mm in the scanner's frame, or None if the file does not
             say.
@@ -59,6 +59,26 @@ class Volume:
         corners = np.array([[*(last * corner), 1.0] for corner in np.ndindex(2, 2, 2)])
         gaps = corners @ (self.affine - other.affine).T
         return float(np.sqrt((gaps[:, :3] ** 2).sum(axis=1)).max())
+
+
+class Windowed:
+    """Stands in for the array of a `Volume` that does not fit into the memory: windows of its slices can be read.
+
+    Attributes:
+        shape: (Z, Y, X) or (Z, Y, X, 3).
+        dtype: Of its values.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.ndim, self.size = len(shape), int(np.prod(shape, dtype=object))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def window(self, number: int, rows: slice, columns: slice) -> np.ndarray:
+        """Read a window (y, x) or (y, x, 3) of a slice; both slices have a start and a stop."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -260,6 +280,8 @@ def read(path: str | Path, role: Role, **options: Any) -> Volume:
     # Whole numbers, floats and booleans in the machine's byte order: what can be rescaled, stored and made a tensor.
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
         raise UserError(f"{path}: the {role} holds values of type {array.dtype}; plain numbers are needed")
+    if isinstance(array, Windowed):
+        return volume
     return replace(volume, array=array.astype(array.dtype.newbyteorder("="), copy=False))
 
 

@@ -1,4 +1,7 @@
-"""Whole slides, through OpenSlide, which is an optional package."""
+"""Whole slides, through OpenSlide, which is an optional package.
+
+A level that is too large for the memory is not read but opened: its windows are read when they are asked for.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from data_shards.errors import UserError
-from data_shards.readers.base import Role, Volume, register
-from data_shards.readers.images import MAX_PIXELS
+from data_shards.readers.base import Role, Volume, Windowed, register
 
+MAX_PIXELS = 2**28
+"""Pixels of a level that is read whole: 0.8 GB."""
 _BAND = 2048
 """Rows that are read at once: OpenSlide gives four bytes for a pixel, of which three are kept."""
 
@@ -23,7 +27,7 @@ def _parts(path: Path) -> list[Path]:
 
 @register(".svs", ".svslide", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", beside=_parts)
 def read_slide(path: Path, role: Role, level: int = 0) -> Volume:
-    """Read one level of a slide as RGB (1, Y, X, 3) uint8.
+    """Read one level of a slide as RGB (1, Y, X, 3) uint8; a large one window by window, so that it needs ``patches``.
 
     Where nothing was scanned, the slide's background colour is shown. The spacing (z, y, x) has 1 for z, which a slide
     lacks.
@@ -34,7 +38,7 @@ def read_slide(path: Path, role: Role, level: int = 0) -> Volume:
         level: Which level of the pyramid; 0 is the largest.
 
     Raises:
-        UserError: OpenSlide is not installed or does not know the file, or the level does not exist or is too large.
+        UserError: OpenSlide is not installed or does not know the file, or the level does not exist.
     """
     try:
         import openslide
@@ -44,43 +48,77 @@ def read_slide(path: Path, role: Role, level: int = 0) -> Volume:
         with openslide.OpenSlide(path) as slide:
             width, height = _size(path, slide.level_dimensions, level)
             factor = float(slide.level_downsamples[level])
-            array = _pixels(slide, level, width, height)
+            large = width * height > MAX_PIXELS
+            array: Any = LargeSlide(path, level, (height, width)) if large else _pixels(slide, level, width, height)
             spacing = _spacing(slide.properties, factor)
     except openslide.OpenSlideUnsupportedFormatError:
         raise UserError(f"{path}: is no slide that OpenSlide knows, or is damaged") from None
     except openslide.OpenSlideError as error:
         raise UserError(f"{path}: cannot be read, is it complete? ({error})") from error
     parts = _parts(path)
-    return Volume(array[np.newaxis], spacing, flat=True, files=(path, *parts) if parts else ())
+    return Volume(array if large else array[np.newaxis], spacing, flat=True, files=(path, *parts) if parts else ())
 
 
 def _size(path: Path, sizes: Any, level: int) -> tuple[int, int]:
-    """Return width and height of a level that can be held in memory."""
+    """Return width and height of a level."""
     if not 0 <= level < len(sizes):
         raise UserError(f"{path}: level: there is no level {level}, only 0 to {len(sizes) - 1}")
     width, height = sizes[level]
-    if width * height <= MAX_PIXELS:
-        return width, height
-    fitting = [number for number, (w, h) in enumerate(sizes) if w * h <= MAX_PIXELS]
-    hint = f"choose a smaller level: reader: {{level: {fitting[0]}}}" if fitting else "cut it into pieces"
-    raise UserError(f"{path}: level {level} has {width} x {height} pixels, more than {MAX_PIXELS}: {hint}")
+    return width, height
+
+
+class LargeSlide(Windowed):
+    """A level of a slide as a volume (1, Y, X, 3) uint8 of which windows are read."""
+
+    def __init__(self, path: Path, level: int, size: tuple[int, int]) -> None:
+        import openslide
+
+        super().__init__((1, *size, 3), np.dtype(np.uint8))
+        self._path, self._slide, self._level = path, openslide.OpenSlide(path), level
+        self._factor = float(self._slide.level_downsamples[level])
+
+    def window(self, number: int, rows: slice, columns: slice) -> np.ndarray:
+        """Read a window (y, x, 3) of the only slice.
+
+        Raises:
+            UserError: That part of the file is damaged.
+        """
+        import openslide
+
+        # Places are given in pixels of level 0.
+        place = round(columns.start * self._factor), round(rows.start * self._factor)
+        size = columns.stop - columns.start, rows.stop - rows.start
+        try:
+            rgba = np.asarray(self._slide.read_region(place, self._level, size))
+        except openslide.OpenSlideError as error:
+            raise UserError(f"{self._path}: cannot be read at {place}, is it complete? ({error})") from error
+        return _over(rgba, _background(self._slide))
+
+
+def _background(slide: Any) -> np.ndarray:
+    colour = slide.properties.get("openslide.background-color", "FFFFFF")
+    return np.frombuffer(bytes.fromhex(colour), np.uint8)
+
+
+def _over(rgba: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Return pixels (y, x, 4) over a background colour: (y, x, 3)."""
+    part = np.ascontiguousarray(rgba[..., :3])
+    clear = rgba[..., 3] < 255
+    if clear.any():
+        opacity = rgba[clear][:, 3:] / np.float32(255)
+        part[clear] = np.rint(rgba[clear][:, :3] * opacity + background * (1 - opacity))
+    return part
 
 
 def _pixels(slide: Any, level: int, width: int, height: int) -> np.ndarray:
     """Read a level (Y, X, 3) over the background."""
-    colour = slide.properties.get("openslide.background-color", "FFFFFF")
-    background = np.frombuffer(bytes.fromhex(colour), np.uint8)
+    background = _background(slide)
     # Places are given in pixels of level 0: elsewhere bands would not meet exactly.
     band = _BAND if level == 0 else height
     array = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, band):
         rgba = np.asarray(slide.read_region((0, top), level, (width, min(band, height - top))))
-        part = array[top : top + band]
-        part[...] = rgba[..., :3]
-        clear = rgba[..., 3] < 255
-        if clear.any():
-            opacity = rgba[clear][:, 3:] / np.float32(255)
-            part[clear] = np.rint(rgba[clear][:, :3] * opacity + background * (1 - opacity))
+        array[top : top + band] = _over(rgba, background)
     return array
 
 

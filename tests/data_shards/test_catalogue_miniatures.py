@@ -348,7 +348,11 @@ def write_han_seg(root: Path) -> Counter[tuple[str, str]]:
 @pytest.mark.parametrize("name", WRITERS)
 def test_an_entry_builds_a_miniature_of_its_set(name: str, tmp_path: Path) -> None:
     wanted = WRITERS[name](tmp_path / "in")
-    result = build(FOLDER / f"{name}.yaml", tmp_path / "out", root=tmp_path / "in")
+    text = (FOLDER / f"{name}.yaml").read_text()
+    if name != "flare22":  # its miniature is large enough to be measured by MedSAM's least sizes
+        text = text.replace("slices: {min_area: 100, min_voxels: 1000}", "slices: {}")
+    (tmp_path / "spec.yaml").write_text(text)
+    result = build(tmp_path / "spec.yaml", tmp_path / "out", root=tmp_path / "in")
     found: Counter[tuple[str, str]] = Counter()
     spec = load_spec(FOLDER / f"{name}.yaml")
     for triplet in _triplets(tmp_path / "out"):

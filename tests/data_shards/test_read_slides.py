@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from toy import write_spec
 
+from data_shards.build import build
+from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
 from data_shards.readers import files_of, read_mask, read_volume, slides
 
@@ -69,15 +72,38 @@ def test_spacing(tmp_path: Path) -> None:
     assert read_volume(in_centimetres, level=1).spacing == pytest.approx((1.0, 0.001, 0.0005))
 
 
-def test_a_level_that_is_too_large_names_one_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = pyramid(tmp_path / "a.svs")
-    monkeypatch.setattr(slides, "MAX_PIXELS", 384 * 512 - 1)
-    with pytest.raises(UserError, match=r"level 1 has 384 x 512 pixels, more than 196607: .*reader: \{level: 2\}"):
-        read_volume(path, level=1)
-    assert read_volume(path, level=2).array.shape == (1, 256, 192, 3)
-    monkeypatch.setattr(slides, "MAX_PIXELS", 10)
-    with pytest.raises(UserError, match=r"level 2 has .*: cut it into pieces"):
-        read_volume(path, level=2)
+def test_a_large_level_is_read_window_by_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shards of a slide that is opened equal those of one that is read whole."""
+    pyramid(tmp_path / "a.svs")
+    mask = np.zeros((SIDE, SIDE - 256), np.uint8)
+    mask[100:700, 200:500] = 1
+    tifffile.imwrite(tmp_path / "m.tif", mask[::2, ::2])
+    spec = {
+        "dataset": "slides",
+        "modality": "pathology",
+        "cases": [{"image": "a.svs", "mask": "m.tif", "split": "train"}],
+        "targets": [{"term": "tumor", "value": 1}],
+        "reader": {"level": 1},
+        "intensity": {"kind": "rgb"},
+        "patches": {"size": 128, "stride": 96},
+        "split": {"kind": "explicit"},
+    }
+    write_spec(tmp_path / "s.yaml", **spec)
+    build(tmp_path / "s.yaml", tmp_path / "whole")
+    monkeypatch.setattr(slides, "MAX_PIXELS", 1000)
+    build(tmp_path / "s.yaml", tmp_path / "windows")
+    for name in ("train/shard-000000.tar", "train/index.npz"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "windows" / name).read_bytes()
+    triplet = ShardDataset(tmp_path / "windows" / "train")[3]
+    top, left = triplet.provenance.patch
+    np.testing.assert_array_equal(triplet.image, picture()[::2, ::2][top : top + 128, left : left + 128])
+    for changes, message in (
+        ({"patches": None}, r"a\.svs: has 384 x 512 pixels: cut it by patches: \{size: 1024\}"),
+        ({"intensity": {"kind": "percentiles"}}, "is too large for intensity 'percentiles': say kind: rgb or none"),
+    ):
+        write_spec(tmp_path / "bad.yaml", **{**spec, **changes})
+        with pytest.raises(UserError, match=message):
+            build(tmp_path / "bad.yaml", tmp_path / "bad")
 
 
 class _Slide:
