@@ -62,8 +62,8 @@ class TripletDataModule(LightningDataModule):
             if folder is not None and split not in self.shards:
                 # A link may go by another name.
                 names = (Path(folder).name, Path(folder).resolve().name)
-                if split == "train" and any(name.startswith(EXTERNAL) for name in names):
-                    raise UserError(f"data.init_args.train: {folder} is an external test set: it is never trained on")
+                if split != "test" and any(name.startswith(EXTERNAL) for name in names):
+                    raise UserError(f"data.init_args.{split}: {folder} is an external set: it is for `test` only")
                 self.shards[split] = ShardDataset(Path(folder))
         if needed[0] not in self.shards:
             raise UserError(f"`{stage}` needs data.init_args.{needed[0]}: the folder of that split's shards")

@@ -123,6 +123,8 @@ class Percentiles(Intensity):
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 100:
             raise UserError(f"low and high must keep 0 <= low < high <= 100, got {self.low:g} and {self.high:g}")
+        if self.high <= 1:
+            raise UserError(f"low and high are per cent: write {self.high * 100:g}, not {self.high:g}")
 
     def fit(self, volume: np.ndarray) -> Rescale:
         """Return the map between the percentiles of the volume."""

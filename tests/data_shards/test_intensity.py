@@ -121,6 +121,8 @@ def test_bad_parameters() -> None:
             Window(**bad)
     with pytest.raises(UserError, match="low < high"):
         Percentiles(low=99, high=1)
+    with pytest.raises(UserError, match=r"per cent: write 99\.5, not 0\.995"):
+        Percentiles(low=0.005, high=0.995)
 
 
 def test_nan_and_infinity_are_counted() -> None:
