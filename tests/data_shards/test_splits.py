@@ -102,12 +102,12 @@ def test_an_external_set_is_never_trained_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="starts with 'external'"):
         External(name="train")
     data = TripletDataModule(train=str(tmp_path / "external"), test=str(tmp_path / "external"))
-    with pytest.raises(UserError, match="train: .* is an external set: it is for `test` only"):
+    with pytest.raises(UserError, match=r"train: .* is an external set: it is for `test` only"):
         data.setup("fit")
     (tmp_path / "train").symlink_to(tmp_path / "external")
-    with pytest.raises(UserError, match="train: .* is an external set: it is for `test` only"):
+    with pytest.raises(UserError, match=r"train: .* is an external set: it is for `test` only"):
         TripletDataModule(train=str(tmp_path / "train")).setup("fit")
-    with pytest.raises(UserError, match="val: .* is an external set"):  # nor may it choose a checkpoint
+    with pytest.raises(UserError, match=r"val: .* is an external set"):  # nor may it choose a checkpoint
         TripletDataModule(val=str(tmp_path / "external_ward")).setup("validate")
 
 
