@@ -131,8 +131,6 @@ def build(
     """
     out = Path(out)
     job = prepare(spec_path, root)
-    if out.is_mount():
-        raise UserError(f"{out}: is where a disk is mounted, which cannot be renamed: choose a folder inside it")
     with writing(out):
         recover(out)
     found = existing(out, overwrite)

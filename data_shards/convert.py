@@ -23,6 +23,8 @@ from data_shards.spec import Hasher, Patches, Spec, TargetSpec
 from data_shards.splits import SliceRule
 from data_shards.triplet import Provenance, Target, Triplet
 
+WITHOUT_TARGET = "slices without a target"
+"""Why slices are left out that hold nothing."""
 _MOST_UNNAMED = 16
 """Values of one mask that are told one by one, if no target takes them."""
 
@@ -152,10 +154,11 @@ class _Case:
         for place, (targets, unsure) in enumerate(found):
             number, window, split = self.places[place]
             if not kept[place]:
-                self.conversion.left_out["slices without a target"] += 1
+                self.conversion.left_out[WITHOUT_TARGET] += 1
                 yield split, None
                 continue
-            pixels = self._pixels(number, window)
+            top, left, height, width = window
+            pixels = self.stack.slices[number, top : top + height, left : left + width]
             yield (
                 split,
                 Triplet(
@@ -179,15 +182,6 @@ class _Case:
             )
         if self.spec.intensity.kind not in ("rgb", "none"):
             raise UserError(f"{image}: is too large for intensity '{self.spec.intensity.kind}': say kind: rgb or none")
-
-    def _pixels(self, number: int, window: Window) -> np.ndarray:
-        """Return a window (h, w) or (h, w, 3) of a slice, as it is in the file."""
-        top, left, height, width = window
-        rows, columns = slice(top, top + height), slice(left, left + width)
-        if isinstance(self.image.array, Windowed):
-            return self.image.array.window(number, rows, columns)
-        part: np.ndarray = self.stack.slices[number][rows, columns]
-        return part
 
     def _read(self, path: Path) -> Drawing:
         """Read one mask file and check that it lies on the image."""
@@ -270,10 +264,9 @@ class _Case:
         if source.no_target == "empty" or not source.mask_files or (may_be_empty and self.targets):
             return False
         terms = ", ".join(f"'{target.term}'" for target in self.spec.targets)
-        names = ", ".join(map(str, source.mask_files[:3]))
         raise UserError(
-            f"{names}: the mask holds none of {terms} ({self.drawings.content()}): correct the targets in the spec, or "
-            "say by no_target what that means"
+            f"{self._mask_name()}: the mask holds none of {terms} ({self.drawings.content()}): correct the targets in "
+            "the spec, or say by no_target what that means"
         )
 
     @contextmanager

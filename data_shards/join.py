@@ -6,7 +6,6 @@ Shapes: S shards, N samples, T targets.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections import Counter
@@ -21,9 +20,11 @@ import numpy as np
 
 from data_shards import manifest as manifests
 from data_shards.blocks import Built, Shard
+from data_shards.convert import WITHOUT_TARGET
 from data_shards.errors import UserError
 from data_shards.index import Index
 from data_shards.progress import progress
+from data_shards.sources import file_sha256
 from data_shards.stage import CORPUS, sync_folder
 from data_shards.workers import cpus
 from data_shards.writer import shard_name
@@ -86,7 +87,7 @@ def join(plan: Mapping[str, Any], blocks: Sequence[Built], work: Path, own: bool
 
 def _why_empty(split: str, blocks: Sequence[Built]) -> str:
     """Say why a split has no sample: nothing was found in its slices, or it got none."""
-    without = sum(block.record["left_out"].get("slices without a target", 0) for block in blocks)
+    without = sum(block.record["left_out"].get(WITHOUT_TARGET, 0) for block in blocks)
     dropped = sum(sum(block.record["dropped"].values()) for block in blocks)
     if any(block.splits for block in blocks) or not (without or dropped):
         return f"split '{split}' got no slice: widen 'slices' or 'split' in the spec"
@@ -150,11 +151,6 @@ def _starts(counts: Sequence[int]) -> list[int]:
     return list(accumulate(counts, initial=0))[:-1]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _place(shards: Sequence[Shard], folder: Path, own: bool) -> None:
     """Put shards into a folder under their new names, and check those that others built."""
     targets = [folder / shard_name(number) for number in range(len(shards))]
@@ -165,7 +161,7 @@ def _place(shards: Sequence[Shard], folder: Path, own: bool) -> None:
 
     def copy(shard: Shard, target: Path) -> tuple[Shard, bool]:
         _link(shard.path, target, move=False)
-        return shard, _sha256(target) == shard.sha256
+        return shard, file_sha256(target) == shard.sha256
 
     with progress() as bar, ThreadPoolExecutor(min(8, cpus())) as pool:
         task = bar.add_task(f"merge {folder.name}", total=len(shards))

@@ -15,6 +15,7 @@ from data_shards.errors import UserError
 from data_shards.readers import check_options, files_of
 from data_shards.readers.base import reader_for
 from data_shards.readers.dicom import read_dicom, read_dicom_drawing
+from data_shards.readers.dicom_files import patient_of
 from data_shards.spec import Case, Spec
 from data_shards.vocabulary import canonical
 
@@ -248,8 +249,6 @@ def _source(
         files[name] = ()
     patient = case.patient
     if patient == DICOM_PATIENT:
-        from data_shards.readers.dicom_files import patient_of
-
         patient = patient_of(image)
         if not patient:
             raise UserError(f"{image}: its header names no patient: give 'patient' another rule, as a placeholder")
@@ -282,8 +281,8 @@ def _mask_files(text: str, texts: Mapping[str, str], folder: Path) -> tuple[Path
     if "*" not in text:
         return (Path(_locate(_filled(text, texts), folder)),)
     # What an id stands for is text, not a pattern, even if it holds a bracket.
-    pieces = [_locate(_filled(text, {name: value.replace("*", "\0") for name, value in texts.items()}), folder)]
-    pattern = "*".join(glob.escape(piece.replace("\0", "*")) for piece in pieces[0].split("*"))
+    located = _locate(_filled(text, {name: value.replace("*", "\0") for name, value in texts.items()}), folder)
+    pattern = "*".join(glob.escape(piece.replace("\0", "*")) for piece in located.split("*"))
     return tuple(Path(path) for path in sorted(glob.iglob(pattern)))  # noqa: PTH207  # the folder may be a pattern too
 
 

@@ -113,8 +113,14 @@ def _make(folder: Path) -> None:
 
 
 def recover(out: Path) -> None:
-    """Put the old corpus back if a build was killed between taking it away and putting the new one in its place."""
+    """Put the old corpus back if a build was killed between taking it away and putting the new one in its place.
+
+    Raises:
+        UserError: Nothing can ever be swapped in there.
+    """
     place, work = out.resolve(), work_folder(out)
+    if place.is_mount():
+        raise UserError(f"{out}: is where a disk is mounted, which cannot be renamed: choose a folder inside it")
     if not place.exists() and (work / OLD).exists():
         (work / OLD).rename(place)
 

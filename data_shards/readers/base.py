@@ -8,6 +8,7 @@ Shapes: Z, Y, X are slices, rows and columns in LPS order.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ class Volume:
 
 
 class Windowed:
-    """Stands in for the array of a `Volume` that does not fit into the memory: windows of its slices can be read.
+    """Stands in for the array of a `Volume` that does not fit into the memory: windows of its slices are read.
 
     Attributes:
         shape: (Z, Y, X) or (Z, Y, X, 3).
@@ -76,8 +77,8 @@ class Windowed:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def window(self, number: int, rows: slice, columns: slice) -> np.ndarray:
-        """Read a window (y, x) or (y, x, 3) of a slice; both slices have a start and a stop."""
+    def __getitem__(self, place: tuple[int, slice, slice]) -> np.ndarray:
+        """Read a window (y, x) or (y, x, 3): number of the slice, rows and columns, both with a start and a stop."""
         raise NotImplementedError
 
 
@@ -243,6 +244,7 @@ def _unknown_option(path: Path, name: str, known: dict[str, Any]) -> UserError:
     return UserError(f"{path}: unknown reader option '{name}'{hint}")
 
 
+@functools.cache  # asked for several times for each of a million cases
 def _options(reader: Reader | DrawingReader) -> dict[str, Any]:
     """Return the options of a reader with their types."""
     parameters = list(inspect.signature(reader, eval_str=True).parameters.values())[2:]

@@ -77,7 +77,7 @@ class LargeSlide(Windowed):
         self._path, self._slide, self._level = path, openslide.OpenSlide(path), level
         self._factor = float(self._slide.level_downsamples[level])
 
-    def window(self, number: int, rows: slice, columns: slice) -> np.ndarray:
+    def __getitem__(self, place: tuple[int, slice, slice]) -> np.ndarray:
         """Read a window (y, x, 3) of the only slice.
 
         Raises:
@@ -85,13 +85,14 @@ class LargeSlide(Windowed):
         """
         import openslide
 
+        _, rows, columns = place
         # Places are given in pixels of level 0.
-        place = round(columns.start * self._factor), round(rows.start * self._factor)
+        corner = round(columns.start * self._factor), round(rows.start * self._factor)
         size = columns.stop - columns.start, rows.stop - rows.start
         try:
-            rgba = np.asarray(self._slide.read_region(place, self._level, size))
+            rgba = np.asarray(self._slide.read_region(corner, self._level, size))
         except openslide.OpenSlideError as error:
-            raise UserError(f"{self._path}: cannot be read at {place}, is it complete? ({error})") from error
+            raise UserError(f"{self._path}: cannot be read at {corner}, is it complete? ({error})") from error
         return _over(rgba, _background(self._slide))
 
 

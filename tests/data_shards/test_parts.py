@@ -580,3 +580,13 @@ def test_memory_does_not_grow_with_the_cases(tmp_path: Path) -> None:
         assert result.manifest["splits"]["external"]["bytes"] > count * 8 * 128 * 128
     # All images of the 22 cases more would be 2.9 MB.
     assert peaks[2] - peaks[1] < 0.6e6, peaks
+
+
+def test_a_corpus_cannot_take_the_place_of_a_mounted_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_inputs(tmp_path / "in", cases=2)
+    build_part(spec, tmp_path / "out", 1, 1)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name in ("out", "disk"))
+    for begin in (lambda: build(spec, tmp_path / "disk"), lambda: merge([tmp_path / "out"])):
+        with pytest.raises(UserError, match="is where a disk is mounted, which cannot be renamed"):
+            begin()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
