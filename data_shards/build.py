@@ -27,7 +27,7 @@ from data_shards.plan import BLOCK_BYTES, PLAN_NAME, Block, Plan, plan_sha256, r
 from data_shards.progress import Meter, progress
 from data_shards.sources import find_sources
 from data_shards.spec import Spec, load_spec
-from data_shards.stage import locked, recover, swap, work_folder, workspace, write_json, writing
+from data_shards.stage import locked, settle, swap, work_folder, workspace, write_json, writing
 from data_shards.vocabulary import known, vocabulary
 from data_shards.workers import cpus, run
 
@@ -131,8 +131,7 @@ def build(
     """
     out = Path(out)
     job = prepare(spec_path, root)
-    with writing(out):
-        recover(out)
+    settle(out)
     found = existing(out, overwrite)
     if found is not None and _is_the_one(job, job.cases, found, out, overwrite):
         _sweep(out)

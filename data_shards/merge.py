@@ -16,7 +16,7 @@ from data_shards.corpus import PARTS, existing, may_stay
 from data_shards.errors import UserError
 from data_shards.join import join
 from data_shards.plan import difference, plan_sha256, read_plan
-from data_shards.stage import OLD, locked, read_json, recover, swap, work_folder, workspace, writing
+from data_shards.stage import OLD, locked, read_json, settle, swap, work_folder, workspace, writing
 
 PART_NAME = "part.json"
 
@@ -92,8 +92,7 @@ def merge(
     target = Path(out) if out is not None else places[0]
     if out is None and (len(places) > 1 or _as_part(places[0]) is not None):
         raise UserError("several folders, or a single part: say with --out where the corpus shall be")
-    with writing(target):
-        recover(target)
+    settle(target)
     if out is None and not (target / PARTS).exists():
         found = existing(target, False)
         if found is not None:  # merged already

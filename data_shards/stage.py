@@ -113,16 +113,22 @@ def _make(folder: Path) -> None:
 
 
 def recover(out: Path) -> None:
-    """Put the old corpus back if a build was killed between taking it away and putting the new one in its place.
-
-    Raises:
-        UserError: Nothing can ever be swapped in there.
-    """
+    """Put the old corpus back if a build was killed between taking it away and putting the new one in its place."""
     place, work = out.resolve(), work_folder(out)
-    if place.is_mount():
-        raise UserError(f"{out}: is where a disk is mounted, which cannot be renamed: choose a folder inside it")
     if not place.exists() and (work / OLD).exists():
         (work / OLD).rename(place)
+
+
+def settle(out: Path) -> None:
+    """Begin work on the place of a corpus: what a killed build left there is put right.
+
+    Raises:
+        UserError: Nothing can ever be swapped in there, or the disk refuses.
+    """
+    if out.resolve().is_mount():
+        raise UserError(f"{out}: is where a disk is mounted, which cannot be renamed: choose a folder inside it")
+    with writing(out):
+        recover(out)
 
 
 def swap(work: Path, out: Path) -> None:
