@@ -18,8 +18,9 @@ from typing import Any
 from data_shards import manifest as manifests
 from data_shards.convert import Conversion
 from data_shards.errors import UserError
-from data_shards.index import INDEX_NAME, Index, write_index
+from data_shards.index import INDEX_NAME, Index
 from data_shards.plan import Block
+from data_shards.scan import write_index
 from data_shards.spec import Spec
 from data_shards.stage import read_json, sync_folder, write_json
 from data_shards.triplet import Triplet

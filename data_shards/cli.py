@@ -1,4 +1,4 @@
-"""The command `data-shards`: build, merge, verify and inspect a corpus.
+"""The command `data-shards`: build, merge, verify, lint and inspect a corpus.
 
 What a subcommand needs is imported when it runs, so that ``--help`` is fast.
 """
@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from data_shards import __version__
+from data_shards import __version__, reindex, stats
 from data_shards.errors import CommandParser, UserError, nearest, run_command
+from data_shards.lint import command as lint_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +30,10 @@ Turn medical images and their masks into verified shards, and look at them.
   data-shards build SPEC.yaml --out data/liver --part 1/8      build the first of eight parts
   data-shards merge data/liver                                 make one corpus of all parts
   data-shards verify data/liver                                check every byte of them
+  data-shards lint data/liver --html lint.html                 find what is wrong with the data
   data-shards inspect data/liver --png sheet.png               see what is in them
+  data-shards stats data/liver --png stats.png                 how much of what, and how balanced
+  data-shards index data/foreign                               make the index of other people's tars
   data-shards formats                                          what can be read, and how
 
 A spec says which files belong together and what their masks mean. A whole one:
@@ -149,6 +153,15 @@ def _parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
     inspect.add_argument("--sample", metavar="KEY", help="show this sample instead of the tables")
     inspect.add_argument("--png", metavar="OUT", help="draw the sample, or a dozen samples, into this file")
     inspect.set_defaults(run=_inspect)
+
+    for name, module, what in (
+        ("lint", lint_command, "find what is wrong with the data"),
+        ("stats", stats, "count what a corpus holds"),
+        ("index", reindex, "make the index of any tars"),
+    ):
+        command = group.add_parser(name, help=what, description=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
 
     formats = group.add_parser("formats", help="list what can be read, and the options of a spec's 'reader'")
     formats.add_argument("suffix", nargs="?", metavar="SUFFIX", help="only this format, as .png or dicom")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ _NPY_HEADER = 1024
 """Characters of an npy header; those of plain arrays have about a hundred."""
 _PNG_CHANNELS = {(8, 0): 1, (16, 0): 1, (8, 2): 3}
 """Channels by (bit depth, colour type): 8-bit grey, 16-bit grey, 8-bit RGB."""
-_DEFLATE_RATIO = 1032
+DEFLATE_RATIO = 1032
 """No deflate stream is more than this many times smaller than its content."""
 _ZSTD_RATIO = 2**17 // 3
 """No zstd frame is more than this many times smaller than its content: a block of at most 128 KiB takes 3 bytes."""
@@ -46,7 +47,7 @@ def encode_image(image: np.ndarray, codec: Codec = "png") -> tuple[str, bytes]:
     Raises:
         UserError: The image is too large to be read back, has no such shape, or holds no plain numbers.
     """
-    _check_image(image.shape, image.dtype)
+    check_image(image.shape, image.dtype)
     if codec == "zstd":
         return "image.npy.zst", _encode_zstd(image)
     return ("image.png", _encode_png(image)) if _fits_png(image) else ("image.npy", _encode_npy(image))
@@ -71,6 +72,20 @@ def decode_image(extension: str, data: bytes) -> np.ndarray:
     return array
 
 
+def image_header(extension: str, data: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Return the shape, (H, W) or (H, W, 3), and the dtype of a member's image without decoding it.
+
+    Raises:
+        UserError: The header is damaged, or that of something other than an image.
+    """
+    try:
+        return _HEADERS[extension](data)
+    except UserError:
+        raise
+    except Exception as error:  # whatever damaged bytes make a decoder raise
+        raise UserError(f"its {extension} cannot be decoded ({type(error).__name__}: {error})") from error
+
+
 def read_npy(file: IO[bytes], size: int, check: Callable[[tuple[int, ...], np.dtype], None]) -> np.ndarray:
     """Read an array in NumPy's format.
 
@@ -81,6 +96,27 @@ def read_npy(file: IO[bytes], size: int, check: Callable[[tuple[int, ...], np.dt
 
     Raises:
         UserError: The header holds anything but a plain array of as many bytes as there are.
+        Exception: What NumPy raises on a damaged header.
+    """
+    shape, fortran, dtype = read_npy_header(file, size, check)
+    array = np.empty(shape[::-1] if fortran else shape, dtype)
+    _fill(file, array)
+    array = array.T if fortran else array
+    return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+def read_npy_header(
+    file: IO[bytes], size: int, check: Callable[[tuple[int, ...], np.dtype], None]
+) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read the header alone, as `read_npy` does: (shape, whether in Fortran's order, dtype); the numbers follow.
+
+    Args:
+        file: The bytes.
+        size: How many there are, header included.
+        check: Called with the shape and the dtype; raises what it does not like.
+
+    Raises:
+        UserError: The header declares anything but a plain array of as many bytes as there are.
         Exception: What NumPy raises on a damaged header.
     """
     version = np.lib.format.read_magic(file)
@@ -97,10 +133,7 @@ def read_npy(file: IO[bytes], size: int, check: Callable[[tuple[int, ...], np.dt
     # The header's own length is not known from here: it is what remains.
     if not 0 <= size - body <= _NPY_HEADER + 12:
         raise UserError(f"its npy header declares {body} bytes of {dtype}, but there are {size}")
-    array = np.empty(shape[::-1] if fortran else shape, dtype)
-    _fill(file, array)
-    array = array.T if fortran else array
-    return array.astype(dtype.newbyteorder("="), copy=False)
+    return shape, fortran, dtype
 
 
 def _fill(file: IO[bytes], array: np.ndarray) -> None:
@@ -116,7 +149,8 @@ def _fill(file: IO[bytes], array: np.ndarray) -> None:
         raise UserError("it goes on after the array")
 
 
-def _check_image(shape: tuple[int, ...], dtype: np.dtype) -> None:
+def check_image(shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Raise a `UserError` unless an image has a shape, a type and a size that are stored and read."""
     if not (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)) or 0 in shape:
         raise UserError(f"its image has shape {shape}; (H, W) or (H, W, 3) is needed")
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
@@ -144,9 +178,7 @@ def _encode_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _decode_png(data: bytes) -> np.ndarray:
-    from PIL.PngImagePlugin import PngImageFile
-
+def _png_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
     if len(data) < 33 or data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
         raise UserError("its image.png is no PNG")
     width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
@@ -156,12 +188,20 @@ def _decode_png(data: bytes) -> np.ndarray:
             f"its image.png has bit depth {depth} and colour type {colour}; grey (8 or 16 bits) or RGB (8) is needed"
         )
     dtype = np.dtype(np.uint16 if depth == 16 else np.uint8)
-    _check_image((height, width, 3) if channels == 3 else (height, width), dtype)
-    if height * (1 + width * channels * dtype.itemsize) > _DEFLATE_RATIO * len(data):
+    shape = (height, width, 3) if channels == 3 else (height, width)
+    check_image(shape, dtype)
+    if height * (1 + width * channels * dtype.itemsize) > DEFLATE_RATIO * len(data):
         raise UserError(f"its image.png declares {height} x {width} pixels, more than its {len(data)} bytes can hold")
+    return shape, dtype
+
+
+def _decode_png(data: bytes) -> np.ndarray:
+    from PIL.PngImagePlugin import PngImageFile
+
+    shape, dtype = _png_header(data)
     # `Image.open` would refuse what is larger than a limit that all threads share.
     with PngImageFile(io.BytesIO(data)) as picture:
-        if picture.size != (width, height):
+        if picture.size != shape[1::-1]:
             raise UserError("its image.png has two sizes")
         array = np.asarray(picture)
     return array.astype(dtype, copy=False)
@@ -174,7 +214,12 @@ def _encode_npy(image: np.ndarray) -> bytes:
 
 
 def _decode_npy(data: bytes) -> np.ndarray:
-    return read_npy(io.BytesIO(data), len(data), _check_image)
+    return read_npy(io.BytesIO(data), len(data), check_image)
+
+
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    shape, _, dtype = read_npy_header(io.BytesIO(data), len(data), check_image)
+    return shape, dtype
 
 
 def _encode_zstd(image: np.ndarray) -> bytes:
@@ -185,6 +230,19 @@ def _encode_zstd(image: np.ndarray) -> bytes:
 
 
 def _decode_zstd(data: bytes) -> np.ndarray:
+    with _zstd_reader(data) as (file, size):
+        return read_npy(file, size, check_image)
+
+
+def _zstd_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    with _zstd_reader(data) as (file, size):
+        shape, _, dtype = read_npy_header(file, size, check_image)
+    return shape, dtype
+
+
+@contextmanager
+def _zstd_reader(data: bytes) -> Iterator[tuple[IO[bytes], int]]:
+    """Open a frame: what it holds is unpacked as it is read, so a header is checked before an array is made."""
     import zstandard
 
     frame = zstandard.get_frame_parameters(data)
@@ -193,16 +251,21 @@ def _decode_zstd(data: bytes) -> np.ndarray:
         raise UserError("its image.npy.zst does not declare its size")
     if size > min(MAX_BYTES + _NPY_HEADER, _ZSTD_RATIO * len(data)):
         raise UserError(f"its image.npy.zst declares {size} bytes, more than its {len(data)} can hold or are read")
-    # One pass: the header is checked before the array is made, and the array is filled in place.
     unpacker = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
     with unpacker.stream_reader(data, read_across_frames=False) as file:
-        return read_npy(file, size, _check_image)
+        yield file, size
 
 
 _DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {
     "image.png": _decode_png,
     "image.npy": _decode_npy,
     "image.npy.zst": _decode_zstd,
+}
+
+_HEADERS: dict[str, Callable[[bytes], tuple[tuple[int, ...], np.dtype]]] = {
+    "image.png": _png_header,
+    "image.npy": _npy_header,
+    "image.npy.zst": _zstd_header,
 }
 
 IMAGE_EXTENSIONS = tuple(_DECODERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,13 @@ from lightning.pytorch import LightningDataModule
 from data_shards.batch import TripletBatch
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
-from data_shards.loader import SampleView, TripletLoader
+from data_shards.index import Index
+from data_shards.loader import TripletLoader
+from data_shards.order import EpochOrder, Sampling, make_order
 from data_shards.sampler import EvenSampler, GlobalOrderSampler
 from data_shards.seed import run_seed
 from data_shards.splits import EXTERNAL
+from data_shards.views import ClipView, Kinds, OnDamage, SampleView, clip_starts, with_target
 
 
 class TripletDataModule(LightningDataModule):
@@ -29,6 +33,16 @@ class TripletDataModule(LightningDataModule):
         targets_per_image: Targets drawn from an image in an epoch; null takes all, encoding the image once for them.
         num_workers: Processes that read and decode; 0 reads in the main process.
         seed: Seed of the order of samples and of drawn targets; that of the run (`seed_everything`) if null.
+        sampling: How often each modality or data set is seen in training; each sample once if null.
+        kinds: Which targets are used: ``semantic`` (all of a term in one mask), ``instance``, or ``all``.
+        only_with_targets: Train on the samples that have a target of these kinds, and leave out the others.
+        negatives_per_image: Terms drawn from those that were looked for in a training image and are not there.
+        clip_length: Neighbouring slices in a training sample, for video models; 1 takes single images.
+        clip_step: From one slice of a clip to the next; 2 leaves out every other.
+        on_damage: What a damaged sample is: ``error`` ends the run, ``skip`` goes on without it, and reports it.
+        max_damaged: Share of an epoch that may be skipped before the run ends all the same.
+        cache: Folder in which samples of remote shards (``s3://``, ``gs://``, …) are kept; that of the user if null.
+        cache_gb: Most gigabytes to keep there; what does not fit is fetched anew each time. Null keeps everything.
     """
 
     def __init__(
@@ -41,6 +55,16 @@ class TripletDataModule(LightningDataModule):
         targets_per_image: int | None = None,
         num_workers: int = 0,
         seed: int | None = None,
+        sampling: Sampling | None = None,
+        kinds: Kinds = "all",
+        only_with_targets: bool = False,
+        negatives_per_image: int = 0,
+        clip_length: int = 1,
+        clip_step: int = 1,
+        on_damage: OnDamage = "error",
+        max_damaged: float = 0.01,
+        cache: str | None = None,
+        cache_gb: float | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or micro_batch_size < 1:
@@ -49,10 +73,25 @@ class TripletDataModule(LightningDataModule):
             raise UserError(f"targets_per_image {targets_per_image}: 1 or more, or null for all")
         if num_workers < 0:
             raise UserError(f"num_workers {num_workers}: 0 or more")
+        if negatives_per_image < 0 or clip_length < 1 or clip_step < 1:
+            raise UserError(
+                f"negatives_per_image {negatives_per_image} is 0 or more, clip_length {clip_length} and clip_step "
+                f"{clip_step} are 1 or more"
+            )
+        if clip_length > 1 and kinds == "instance":
+            raise UserError("kinds instance: clips follow semantic targets; shards do not say which instance is which")
+        if not 0 <= max_damaged <= 1:
+            raise UserError(f"max_damaged {max_damaged}: a share from 0 to 1")
         self.folders = {"train": train, "val": val, "test": test}
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.targets_per_image, self.num_workers, self.seed = targets_per_image, num_workers, run_seed(seed)
+        self.sampling, self.kinds, self.only_with_targets = sampling, kinds, only_with_targets
+        self.negatives_per_image, self.clip_length, self.clip_step = negatives_per_image, clip_length, clip_step
+        self.on_damage, self.max_damaged = on_damage, max_damaged
+        self.cache, self.cache_gb = cache, cache_gb
         self.shards: dict[str, ShardDataset] = {}
+        self._order: tuple[Index, EpochOrder] | None = None
+        self._loaders: list[TripletLoader] = []
 
     def setup(self, stage: str) -> None:
         """Open the indices of the splits that this stage needs, and set the number of accumulation steps."""
@@ -64,7 +103,7 @@ class TripletDataModule(LightningDataModule):
                 names = (Path(folder).name, Path(folder).resolve().name)
                 if split != "test" and any(name.startswith(EXTERNAL) for name in names):
                     raise UserError(f"data.init_args.{split}: {folder} is an external set: it is for `test` only")
-                self.shards[split] = ShardDataset(Path(folder))
+                self.shards[split] = self._open(split, folder)
         if needed[0] not in self.shards:
             raise UserError(f"`{stage}` needs data.init_args.{needed[0]}: the folder of that split's shards")
         if stage == "fit" and self.trainer is not None:
@@ -84,16 +123,23 @@ class TripletDataModule(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps in one epoch."""
-        return len(self.shards["train"]) // self.batch_size
+        return len(self._train_order()) // self.batch_size
 
     def without_targets(self, split: str) -> int:
-        """Number of samples of an opened split that have no target at all."""
-        return int((np.diff(self.shards[split].index.target_start) == 0).sum())
+        """Number of samples of an opened split that are used and have no target of the kinds that are."""
+        index = self.shards[split].index
+        used = self._eligible() if split == "train" else None
+        return int((~with_target(index, self.kinds) & (True if used is None else used)).sum())
 
     def train_dataloader(self) -> TripletLoader:
         """Loader in the epoch's global order, resumable."""
         shards = self.shards["train"]
-        view = SampleView(shards, self.targets_per_image, self.seed)
+        draw = (self.targets_per_image, self.seed)
+        if self.clip_length > 1:
+            clips = (self.clip_length, self.clip_step)
+            view: SampleView = ClipView(shards, *clips, *draw, self.negatives_per_image, self.on_damage)
+        else:
+            view = SampleView(shards, *draw, self.kinds, self.negatives_per_image, self.on_damage)
         return self._loader(view, self._train_sampler(), shards.index.sha256)
 
     def val_dataloader(self) -> TripletLoader | list[TripletLoader]:
@@ -108,23 +154,65 @@ class TripletDataModule(LightningDataModule):
         """Loader over the test split, in order."""
         return self._evaluation("test")
 
+    def teardown(self, stage: str) -> None:
+        """Stop the workers of all loaders."""
+        while self._loaders:
+            self._loaders.pop().close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Stop the workers of all loaders; Lightning calls this when a run breaks down."""
+        self.teardown("")
+
     def transfer_batch_to_device(self, batch: TripletBatch, device: torch.device, dataloader_idx: int) -> TripletBatch:
         """Move a batch, without waiting for it."""
         return batch.to(device, non_blocking=True)
 
     def _train_sampler(self) -> GlobalOrderSampler:
         rank, world = self._rank()
-        count = len(self.shards["train"])
-        return GlobalOrderSampler(count, self.batch_size, self.micro_batch_size, rank, world, self.seed)
+        order = self._train_order()
+        return GlobalOrderSampler(order, self.batch_size, self.micro_batch_size, rank, world, self.seed)
+
+    def _train_order(self) -> EpochOrder:
+        index = self.shards["train"].index
+        if self._order is None or self._order[0] is not index:
+            self._order = (index, make_order(index, self._eligible(), self.sampling))
+        return self._order[1]
+
+    def _eligible(self) -> np.ndarray | None:
+        """Which samples are trained on: (N,) bool; None for all."""
+        index = self.shards["train"].index
+        if self.clip_length > 1:
+            chosen = clip_starts(index, self.clip_length, self.clip_step)
+            what = f"clip of {self.clip_length} slices whose first has a semantic target"
+        elif self.only_with_targets:
+            chosen, what = with_target(index, self.kinds), f"sample with a target of kind '{self.kinds}'"
+        else:
+            return None
+        if not chosen.any():
+            raise UserError(f"data.init_args.train: {self.folders['train']} has no {what}")
+        return None if chosen.all() else chosen
+
+    def _open(self, split: str, folder: str) -> ShardDataset:
+        """Open a split; where damage is skipped, shards that are missing are only named."""
+        shards = ShardDataset(folder, check=self.on_damage == "error", cache=self.cache, cache_gb=self.cache_gb)
+        if self.on_damage == "skip":
+            for problem in shards.missing():
+                if self._rank()[0] == 0:
+                    print(f"data.init_args.{split}: {problem} (until then, its samples are skipped)", file=sys.stderr)
+        return shards
 
     def _evaluation(self, split: str) -> TripletLoader:
         shards = self.shards[split]
-        return self._loader(SampleView(shards), EvenSampler(len(shards), self.micro_batch_size, *self._rank()))
+        view = SampleView(shards, kinds=self.kinds, on_damage=self.on_damage)
+        return self._loader(view, EvenSampler(len(shards), self.micro_batch_size, *self._rank()))
 
     def _loader(
         self, view: SampleView, sampler: GlobalOrderSampler | EvenSampler, data_hash: str = ""
     ) -> TripletLoader:
-        return TripletLoader(view, sampler, self.num_workers, torch.cuda.is_available(), data_hash)
+        pinned = torch.cuda.is_available()
+        loader = TripletLoader(view, sampler, self.num_workers, pinned, data_hash, self.max_damaged)
+        self._loaders.append(loader)
+        return loader
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -24,8 +24,12 @@ class UserError(Exception):
         # (those before it are its causes): give back that line only.
         text = super().__str__()
         if "Original Traceback" in text:
-            text = re.split(r"^[\w.]*UserError: ", text, flags=re.MULTILINE)[-1]
+            text = re.split(r"^[\w.]*(?:User|Damage)Error: ", text, flags=re.MULTILINE)[-1]
         return _UNPRINTABLE.sub("?", " ".join(text.split()))
+
+
+class DamageError(UserError):
+    """A sample that cannot be read, whatever is tried again: its own bytes are wrong, or its shard is gone."""
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from data_shards.corpus import split_folders
 from data_shards.dataset import ShardDataset
+from data_shards.display import make_table, new_figure, save_figure
 from data_shards.errors import UserError, nearest
 from data_shards.index import Index
 from data_shards.triplet import Triplet
@@ -40,7 +41,7 @@ def open_splits(folder: str | Path) -> dict[str, ShardDataset]:
 
 def show_corpus(splits: dict[str, ShardDataset], console: Console) -> None:
     """Print a table of the splits and one of their terms."""
-    overview = _table("split", "slices", "patients", "shards", "MB", "images seen", "index")
+    overview = make_table("split", "slices", "patients", "shards", "MB", "images seen", "index")
     for name, dataset in splits.items():
         index = dataset.index
         images = sorted({_describe(dataset[number].image) for number in spread(len(dataset), _SHEET)})
@@ -48,7 +49,7 @@ def show_corpus(splits: dict[str, ShardDataset], console: Console) -> None:
         size = f"{index.shard_sizes.sum() / 1e6:.1f}"
         overview.add_row(name, *(f"{count:,}" for count in counts), size, "\n".join(images[:3]), index.sha256[:12])
     console.print(overview)
-    terms = _table("split", "term", "targets", "absent", "smallest (px)", "median", "largest")
+    terms = make_table("split", "term", "targets", "absent", "smallest (px)", "median", "largest")
     for name, dataset in splits.items():
         for row in _term_rows(dataset.index):
             terms.add_row(name, *row)
@@ -113,7 +114,7 @@ def draw_sample(triplet: Triplet, path: str | Path) -> None:
     _draw_image(axes[0, 0], triplet)
     axes[0, 0].set_title(triplet.key, fontsize=8, parse_math=False)
     _draw_targets(axes[0, 1], triplet)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_sheet(splits: dict[str, ShardDataset], path: str | Path) -> None:
@@ -129,7 +130,7 @@ def draw_sheet(splits: dict[str, ShardDataset], path: str | Path) -> None:
     figure, axes = _figure(rows, columns, (3.2 * columns, 3.4 * rows))
     for (name, number), panel in zip(chosen, axes.flat, strict=False):
         _draw_targets(panel, splits[name][number], f"{name} {number}: ")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -142,20 +143,9 @@ def _describe(image: np.ndarray) -> str:
     return f"{image.shape[0]} x {image.shape[1]}{colour} {image.dtype}"
 
 
-def _table(*names: str) -> Table:
-    table = Table()
-    for name in names:
-        table.add_column(name, justify="left" if name in ("split", "term", "index") else "right")
-    return table
-
-
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, np.ndarray]:
     """Return a figure without a display, and its axes (rows, columns)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(size)
     axes: np.ndarray = figure.subplots(rows, columns, squeeze=False)
     for panel in axes.flat:
         panel.set_axis_off()
@@ -198,10 +188,3 @@ def title(triplet: Triplet) -> str:
     instances = Counter(target.term for target in triplet.targets if target.kind == "instance")
     terms = dict.fromkeys(target.term for target in triplet.targets)
     return ", ".join(f"{term} ×{instances[term]}" if instances[term] else term for term in terms) or "no target"
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    try:
-        figure.savefig(path, format="png", dpi=110)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}): choose another --png") from error

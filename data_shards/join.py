@@ -23,19 +23,12 @@ from data_shards.blocks import Built, Shard
 from data_shards.convert import WITHOUT_TARGET
 from data_shards.errors import UserError
 from data_shards.index import Index
+from data_shards.index_file import TABLES
 from data_shards.progress import progress
 from data_shards.sources import file_sha256
 from data_shards.stage import CORPUS, sync_folder
 from data_shards.workers import cpus
 from data_shards.writer import shard_name
-
-_TABLES = {
-    "image_extension": "extensions",
-    "target_term": "terms",
-    "modality": "modalities",
-    "patient": "patients",
-}
-"""Arrays of an index that hold numbers of entries of a table."""
 
 
 def join(plan: Mapping[str, Any], blocks: Sequence[Built], work: Path, own: bool) -> dict[str, Any]:
@@ -114,8 +107,8 @@ def joined(folder: Path, indices: Sequence[Index]) -> Index:
         indices: The index of each block, in the order of the shards; at least one.
     """
     arrays: dict[str, np.ndarray] = {}
-    tables: dict[str, dict[str, int]] = {name: {} for name in _TABLES.values()}
-    for name, table in _TABLES.items():
+    tables: dict[str, dict[str, int]] = {name: {} for name in TABLES.values()}
+    for name, table in TABLES.items():
         known = tables[table]
         for index in indices:
             for entry in getattr(index, table).tolist():
@@ -127,11 +120,17 @@ def joined(folder: Path, indices: Sequence[Index]) -> Index:
     for index in indices:
         np.add.at(arrays["absent"], [tables["terms"][term] for term in index.terms.tolist()], index.absent)
     shards = _starts([len(index.shard_names) for index in indices])
-    targets = _starts([len(index.target_term) for index in indices])
     numbers = [index.shard + start for index, start in zip(indices, shards, strict=True)]
     arrays["shard"] = np.concatenate(numbers).astype(np.int32)
-    starts = [index.target_start[:-1] + start for index, start in zip(indices, targets, strict=True)]
-    arrays["target_start"] = np.append(np.concatenate(starts), len(arrays["target_term"])).astype(np.int64)
+    for kind in ("target", "member"):
+        cuts = [getattr(index, f"{kind}_start") for index in indices]
+        starts = _starts([int(cut[-1]) for cut in cuts])
+        firsts = [cut[:-1] + start for cut, start in zip(cuts, starts, strict=True)]
+        arrays[f"{kind}_start"] = np.append(np.concatenate(firsts), sum(int(cut[-1]) for cut in cuts)).astype(np.int64)
+    samples = zip(indices, _starts([len(index) for index in indices]), strict=True)
+    neighbours = [np.where(index.following < 0, -1, index.following + start) for index, start in samples]
+    arrays["following"] = np.concatenate(neighbours).astype(np.int32)
+    arrays["layout"] = indices[0].layout
     for item in fields(Index):
         if item.name not in ("folder", "sha256", *arrays):
             arrays[item.name] = np.concatenate([getattr(index, item.name) for index in indices])

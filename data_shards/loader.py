@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
-import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from data_shards.batch import Sample, TripletBatch, collate
-from data_shards.dataset import ShardDataset
+from data_shards.ahead import OneAhead
+from data_shards.batch import TripletBatch, collate
 from data_shards.errors import UserError
 from data_shards.sampler import EvenSampler, GlobalOrderSampler
+from data_shards.views import SampleView
 
+__all__ = ["SampleView", "TripletLoader"]
 
-class SampleView(Dataset[Sample]):
-    """A shard dataset as (epoch, position) → `Sample`, with the targets of that epoch chosen.
-
-    Args:
-        shards: The samples.
-        targets_per_image: How many targets of an image are drawn in an epoch; null takes all. MedSAM draws one.
-        seed: Seed of the draw.
-    """
-
-    def __init__(self, shards: ShardDataset, targets_per_image: int | None = None, seed: int = 0) -> None:
-        self.shards, self.targets_per_image, self.seed = shards, targets_per_image, seed
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, item: tuple[int, int]) -> Sample:
-        """Read one sample."""
-        epoch, position = item
-        triplet = self.shards[position]
-        count = len(triplet.targets)
-        if self.targets_per_image is None or count <= self.targets_per_image:
-            return Sample(position, triplet, tuple(range(count)))
-        generator = np.random.default_rng((self.seed, epoch, position))
-        chosen = generator.choice(count, size=self.targets_per_image, replace=False)
-        return Sample(position, triplet, tuple(sorted(int(index) for index in chosen)))
+_FEWEST_DAMAGED = 10
+"""Damaged samples that never end an epoch, where damage is skipped at all."""
 
 
 class TripletLoader:
@@ -53,6 +33,7 @@ class TripletLoader:
         num_workers: Worker processes; 0 reads in the main process.
         pin_memory: Pin batches for a GPU.
         data_hash: Hash of the data's index; a state of other data is refused.
+        max_damaged: Share of an epoch's samples that may be damaged, where the view skips them; more is an error.
     """
 
     def __init__(
@@ -62,16 +43,20 @@ class TripletLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         data_hash: str = "",
+        max_damaged: float = 0.01,
     ) -> None:
-        self.dataset, self.sampler, self.data_hash = view, sampler, data_hash
+        self.dataset, self.sampler, self.data_hash, self.max_damaged = view, sampler, data_hash, max_damaged
         self._loader = DataLoader(
             view,
             batch_sampler=sampler,
             num_workers=num_workers,
-            collate_fn=collate,
+            collate_fn=partial(collate, frames=view.frames),
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
         )
+        self.waited = 0.0
+        """Seconds for which batches were waited for, over all epochs."""
+        self._ahead: OneAhead[TripletBatch] | None = None
         self._yielded = 0
         self._resume: dict[str, Any] | None = None
 
@@ -87,20 +72,47 @@ class TripletLoader:
     def __iter__(self) -> Iterator[TripletBatch]:
         """Yield the epoch's batches, from where a loaded state says."""
         self._yielded = 0
+        if self._ahead is not None:  # an iteration that was left
+            self._ahead.stop()
         if isinstance(self.sampler, GlobalOrderSampler):
             self.sampler.start = self._samples_seen()
-            self._yielded = self.sampler.start // self._stride
+            self._yielded = self.sampler.start // self.sampler.stride
+        damaged = 0
         try:
-            for batch in self._loader:
+            for batch in self._timed():
+                damaged += len(batch.skipped)
+                if batch.skipped:
+                    self._check_damage(damaged, batch.skipped[-1].reason)
                 self._yielded += 1
                 yield batch
         except UserError:
-            # workers that are not told to stop make the process wait for them, seconds each, after the message
-            workers = self._loader._iterator
-            if workers is not None and hasattr(workers, "_shutdown_workers"):
-                workers._shutdown_workers()
-                self._loader._iterator = None
+            self.close()
             raise
+
+    def close(self) -> None:
+        """Stop the workers; another iteration starts them again.
+
+        Left to the garbage collector they would not be told, because their queues are closed before the loader's end is
+        known, and the process would wait for them, five seconds each.
+        """
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead = None
+        workers = self._loader._iterator
+        if workers is not None and hasattr(workers, "_shutdown_workers"):
+            workers._shutdown_workers()
+        self._loader._iterator = None
+
+    def _timed(self) -> Iterator[TripletBatch]:
+        """Yield batches and add up what they are waited for."""
+        started = time.perf_counter()
+        batches: Iterable[TripletBatch] = iter(self._loader)
+        if self._loader.num_workers and not self._loader.pin_memory:  # pinning fetches ahead already
+            batches = self._ahead = OneAhead(iter(batches))
+        for batch in batches:
+            self.waited += time.perf_counter() - started
+            yield batch
+            started = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: plain numbers, safe to save."""
@@ -110,8 +122,9 @@ class TripletLoader:
             return dict(self._resume)
         return {
             "epoch": self.sampler.epoch,
-            "samples": self._yielded * self._stride,
+            "samples": self._yielded * self.sampler.stride,
             "seed": self.sampler.seed,
+            "order": self.sampler.order.name,
             "data_hash": self.data_hash,
         }
 
@@ -130,23 +143,29 @@ class TripletLoader:
             )
         if state["seed"] != self.sampler.seed:
             raise UserError(f"cannot resume: data seed was {state['seed']}, now {self.sampler.seed}; set it back")
+        if state.get("order", "") != self.sampler.order.name:
+            raise UserError("cannot resume: the samples were chosen or weighted in another way; set it back")
         self._resume = dict(state)
 
-    @property
-    def _stride(self) -> int:
-        """Samples over all ranks in one micro-batch."""
-        assert isinstance(self.sampler, GlobalOrderSampler)
-        return self.sampler.micro_batch * self.sampler.world
+    def _check_damage(self, damaged: int, reason: str) -> None:
+        """Stop before a run learns from what happens to be left of its data."""
+        share = self.sampler.micro_batch * len(self.sampler) * self.max_damaged
+        if damaged > max(_FEWEST_DAMAGED, share):
+            raise UserError(
+                f"{damaged} damaged samples in one epoch on one rank are more than data.init_args.max_damaged "
+                f"({self.max_damaged:g}) allows; the last one: {reason}"
+            )
 
     def _samples_seen(self) -> int:
         """Samples of the coming epoch that were used before a resume; a state serves once."""
+        assert isinstance(self.sampler, GlobalOrderSampler)
         state, self._resume = self._resume, None
-        if state is None or state["epoch"] != self.sampler.epoch:  # type: ignore[union-attr]
+        if state is None or state["epoch"] != self.sampler.epoch:
             return 0
         samples = int(state["samples"])
-        if samples % self._stride:
+        if samples % self.sampler.stride:
             raise UserError(
-                f"cannot resume: {samples} samples were used, which {self._stride} samples at a time cannot reach; "
-                "choose micro_batch_size so that it × ranks divides the old one's"
+                f"cannot resume: {samples} samples were used, which {self.sampler.stride} samples at a time cannot "
+                "reach; choose micro_batch_size so that it × ranks divides the old one's"
             )
-        return 0 if samples >= len(self) * self._stride else samples
+        return 0 if samples >= len(self) * self.sampler.stride else samples

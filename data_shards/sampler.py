@@ -1,27 +1,33 @@
-"""The order of samples: a pure function of (seed, epoch), whatever the ranks, workers and interruptions."""
+"""Samplers: which samples a rank takes, micro-batch by micro-batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
-import numpy as np
 from torch.utils.data import Sampler
 
 from data_shards.errors import UserError
+from data_shards.order import EpochOrder, epoch_order
+
+__all__ = ["Draw", "EvenSampler", "GlobalOrderSampler", "epoch_order"]
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The one global order of an epoch: a permutation of ``range(count)``, int64.
+class Draw(NamedTuple):
+    """One sample of an epoch.
 
-    Args:
-        count: Number of samples.
-        seed: Seed of the run.
-        epoch: Epoch, from 0.
+    Attributes:
+        epoch: The epoch.
+        position: Position of the sample in its corpus.
+        repeat: How often it was drawn before in this epoch: what is random about it is drawn anew.
     """
-    return np.random.default_rng((seed, epoch)).permutation(count)
+
+    epoch: int
+    position: int
+    repeat: int = 0
 
 
-class GlobalOrderSampler(Sampler[list[tuple[int, int]]]):
+class GlobalOrderSampler(Sampler[list[Draw]]):
     """Micro-batches of one rank, cut out of the global order of the epoch.
 
     A global batch is one optimiser step's samples over all ranks and accumulation steps. The order is cut into global
@@ -29,7 +35,7 @@ class GlobalOrderSampler(Sampler[list[tuple[int, int]]]):
     the number of ranks. The last, incomplete global batch of an epoch is left out; the next epoch's order is another.
 
     Args:
-        count: Number of samples.
+        samples: The order of an epoch; a number of samples takes each of them once.
         global_batch: Samples a step, over all ranks.
         micro_batch: Samples a rank takes at once.
         rank: This rank.
@@ -40,22 +46,30 @@ class GlobalOrderSampler(Sampler[list[tuple[int, int]]]):
         UserError: The batches do not divide, or there are fewer samples than one global batch.
     """
 
-    def __init__(self, count: int, global_batch: int, micro_batch: int, rank: int, world: int, seed: int) -> None:
+    def __init__(
+        self, samples: EpochOrder | int, global_batch: int, micro_batch: int, rank: int, world: int, seed: int
+    ) -> None:
         per_micro_step = micro_batch * world
         if global_batch % per_micro_step:
             raise UserError(
                 f"batch_size {global_batch} is not a multiple of micro_batch_size {micro_batch} × {world} rank(s): "
                 f"choose a multiple of {per_micro_step}, or another micro_batch_size"
             )
-        if count < global_batch:
+        self.order = EpochOrder(samples) if isinstance(samples, int) else samples
+        if len(self.order) < global_batch:
             raise UserError(
-                f"{count} training samples are fewer than one batch_size of {global_batch}: lower batch_size"
+                f"{len(self.order)} training samples are fewer than one batch_size of {global_batch}: lower batch_size"
             )
-        self.count, self.global_batch, self.micro_batch = count, global_batch, micro_batch
+        self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world, self.seed = rank, world, seed
         self.epoch = 0
         self.start = 0
         """Global samples of this epoch to leave out at the next iteration, because they were seen before."""
+
+    @property
+    def stride(self) -> int:
+        """Samples over all ranks in one micro-batch."""
+        return self.micro_batch * self.world
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; Lightning calls this."""
@@ -63,18 +77,19 @@ class GlobalOrderSampler(Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch on each rank."""
-        return self.count // self.global_batch * self.global_batch // (self.micro_batch * self.world)
+        return len(self.order) // self.global_batch * self.global_batch // self.stride
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield micro-batches of (epoch, position), from `start` on."""
-        order = epoch_order(self.count, self.seed, self.epoch)
-        stride = self.micro_batch * self.world
-        for begin in range(self.start, len(self) * stride, stride):
-            mine = begin + self.rank * self.micro_batch
-            yield [(self.epoch, int(position)) for position in order[mine : mine + self.micro_batch]]
+    def __iter__(self) -> Iterator[list[Draw]]:
+        """Yield micro-batches, from `start` on."""
+        epoch = self.epoch
+        positions, repeats = self.order(self.seed, epoch)
+        for begin in range(self.start, len(self) * self.stride, self.stride):
+            mine = slice(begin + self.rank * self.micro_batch, begin + (self.rank + 1) * self.micro_batch)
+            pairs = zip(positions[mine].tolist(), repeats[mine].tolist(), strict=True)
+            yield [Draw(epoch, position, repeat) for position, repeat in pairs]
 
 
-class EvenSampler(Sampler[list[tuple[int, int]]]):
+class EvenSampler(Sampler[list[Draw]]):
     """Evaluation's micro-batches of one rank: every sample, in order, as even as can be.
 
     Ranks get the same number of batches, so that collectives never wait for one another: the last samples are
@@ -94,11 +109,11 @@ class EvenSampler(Sampler[list[tuple[int, int]]]):
         """Micro-batches on each rank."""
         return -(-self._per_rank() // self.micro_batch)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield micro-batches of (0, position)."""
+    def __iter__(self) -> Iterator[list[Draw]]:
+        """Yield micro-batches of epoch 0."""
         mine = [min(self.rank + step * self.world, self.count - 1) for step in range(self._per_rank())]
         for begin in range(0, len(mine), self.micro_batch):
-            yield [(0, position) for position in mine[begin : begin + self.micro_batch]]
+            yield [Draw(0, position) for position in mine[begin : begin + self.micro_batch]]
 
     def _per_rank(self) -> int:
         return -(-self.count // self.world)

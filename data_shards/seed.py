@@ -1,10 +1,17 @@
-"""The run's seed."""
+"""The run's seed, and the streams of random numbers that are drawn from it."""
 
 from __future__ import annotations
 
 import os
+from typing import Literal
+
+import numpy as np
 
 from data_shards.errors import UserError
+
+Purpose = Literal["negatives", "sampling", "repeats"]
+_TAGS: dict[Purpose, int] = {"negatives": 0x6E656761, "sampling": 0x73616D70, "repeats": 0x72657065}
+"""Set streams apart from each other, and from those of orders, targets and boxes, which begin with (seed, epoch)."""
 
 
 def run_seed(seed: int | None) -> int:
@@ -21,3 +28,14 @@ def run_seed(seed: int | None) -> int:
     if seed < 0:
         raise UserError(f"seed is 0 or more, not {seed}")
     return seed
+
+
+def stream(seed: int, purpose: Purpose, *numbers: int) -> np.random.Generator:
+    """Random numbers that are a pure function of the arguments, in every process and on every machine.
+
+    Args:
+        seed: Seed of the run.
+        purpose: What they are for.
+        numbers: What else they depend on, such as epoch and position.
+    """
+    return np.random.default_rng((seed, _TAGS[purpose], *numbers))

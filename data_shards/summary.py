@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from data_shards.build import BuildResult, Effort, Job
+from data_shards.display import make_table
 from data_shards.index import Index
 from data_shards.progress import clock
 
@@ -32,7 +32,7 @@ def show(result: BuildResult, console: Console) -> None:
 
 def show_corpus(folder: Path, manifest: Mapping[str, Any], console: Console) -> None:
     """Print the tables of a corpus, and what is not in it."""
-    table = _table("split", "slices", "targets", "patients", "shards", "MB")
+    table = make_table("split", "slices", "targets", "patients", "shards", "MB")
     for name, split in manifest["splits"].items():
         counts = (split["slices"], sum(split["targets"].values()), split["patients"], split["shards"])
         table.add_row(name, *(f"{count:,}" for count in counts), f"{split['bytes'] / 1e6:.1f}")
@@ -65,7 +65,7 @@ def show_plan(job: Job, console: Console) -> None:
         name = " and ".join(block.cases[0].rule.splits)
         blocks, cases, size = groups.get(name, (0, 0, 0))
         groups[name] = (blocks + 1, cases + len(block.cases), size + block.size)
-    table = _table("split", "cases", "blocks", "MB of images")
+    table = make_table("split", "cases", "blocks", "MB of images")
     for name, (blocks, cases, size) in groups.items():
         table.add_row(name, f"{cases:,}", f"{blocks:,}", f"{size / 1e6:.1f}")
     console.print(table)
@@ -111,7 +111,7 @@ def _show_terms(folder: Path, manifest: Mapping[str, Any], console: Console) -> 
         index = Index.load(folder / split, check=False)
         for number, term in enumerate(index.terms.tolist()):
             areas.setdefault(term, []).append(index.target_area[index.target_term == number])
-    table = _table("term", "targets", "median area (px)")
+    table = make_table("term", "targets", "median area (px)")
     for term in sorted(areas)[:_MOST_TERMS]:
         area = np.concatenate(areas[term])
         table.add_row(term, f"{len(area):,}", f"{np.median(area):,.0f}" if area.size else "")
@@ -125,10 +125,3 @@ def _reason(slices: Mapping[str, Any]) -> str:
     names = [name for name in ("min_area", "min_voxels") if slices.get(name, 1) > 1]
     reasons = [f"below {' or '.join(names)}"] if names else []
     return " or ".join([*reasons, *(["at the border"] if slices.get("border") == "drop" else [])])
-
-
-def _table(*names: str) -> Table:
-    table = Table()
-    for name in names:
-        table.add_column(name, justify="left" if name in ("split", "term") else "right")
-    return table

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -32,6 +32,7 @@ _MAX_PADDING = 2**20
 """Bytes after the end of a tar; tar itself fills records of 10 KiB."""
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
 _FILES = (b"0", b"\0", b"7")
+_TRIPLET = ("json", *IMAGE_EXTENSIONS)
 _FOLDER, _LONG_NAME, _PAX, _PAX_GLOBAL = b"5", b"L", b"x", b"g"
 _REFUSED = {
     b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe",
@@ -60,7 +61,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Member:
-    """Where the bytes of one member of a sample lie in its tar; those that no triplet has are not read."""
+    """Where the bytes of one member of a sample lie in its tar; those that are not wanted are not read."""
 
     extension: str
     offset: int
@@ -137,10 +138,14 @@ def walk(file: IO[bytes], path: Path) -> Iterator[Entry]:
         offset += -(-length // BLOCK) * BLOCK
 
 
-def scan_shard(path: Path) -> Iterator[tuple[str, list[Member]]]:
+def scan_shard(path: Path, wanted: Collection[str] = _TRIPLET) -> Iterator[tuple[str, list[Member]]]:
     """Yield the samples of any WebDataset tar: (key, members), in the order of the tar.
 
     Members of one sample follow each other and share the key, which is the name up to the first dot of its last part.
+
+    Args:
+        path: The tar.
+        wanted: Extensions of the members that are read; of others the bytes are left empty.
 
     Raises:
         UserError: The tar is missing or damaged, has no samples or one key twice, or holds what is never read: see
@@ -158,17 +163,17 @@ def scan_shard(path: Path) -> Iterator[tuple[str, list[Member]]]:
                 key, members = entry.key, []
             if any(member.extension == entry.extension for member in members):
                 raise UserError(f"{path}: sample '{key}' has two members .{entry.extension}: build the shard again")
-            members.append(Member(entry.extension, entry.offset, _content(file, entry, path)))
+            members.append(Member(entry.extension, entry.offset, _content(file, entry, path, wanted)))
     if key is None:
         raise UserError(f"{path}: the shard holds no sample")
     yield key, members
 
 
-def _content(file: io.BufferedReader, entry: Entry, path: Path) -> bytes:
-    """Return the bytes of a member, if it is one that a triplet has."""
-    limit = {"json": MAX_RECORD, **dict.fromkeys(IMAGE_EXTENSIONS, MAX_BYTES)}.get(entry.extension)
-    if limit is None:
+def _content(file: io.BufferedReader, entry: Entry, path: Path, wanted: Collection[str]) -> bytes:
+    """Return the bytes of a member, if it is wanted."""
+    if entry.extension not in wanted:
         return b""
+    limit = MAX_RECORD if entry.extension == "json" else MAX_BYTES
     if entry.size > limit:
         raise UserError(
             f"{path}: sample '{entry.key}': its {entry.extension} has {entry.size} bytes, more than {limit}"

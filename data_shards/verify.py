@@ -172,14 +172,13 @@ def _check_shard(dataset: ShardDataset, shard: int, path: Path, seen: _Seen) -> 
         yield f"{path}: its SHA-256 is not the recorded one: copy it again, or build the corpus again"
     listed = {}
     for number in map(int, np.flatnonzero(index.shard == shard)):
-        extension = str(index.extensions[index.image_extension[number]])
-        image = (extension, int(index.image_offset[number]), int(index.image_size[number]))
-        listed[index.key(number)] = {("json", int(index.json_offset[number]), int(index.json_size[number])), image}
+        listed[index.key(number)] = {(name, *span) for name, span in index.members(number).items()}
     found: dict[str, set[tuple[str, int, int]]] = {}
+    known = {"json", *IMAGE_EXTENSIONS, *index.extensions.tolist()}
     try:
         with open_tar(path) as file:
             for entry in walk(file, path):
-                if entry.extension == "json" or entry.extension in IMAGE_EXTENSIONS:
+                if entry.extension in known:
                     found.setdefault(entry.key, set()).add((entry.extension, entry.offset, entry.size))
     except UserError as error:
         if same:  # otherwise it was said already that the shard is damaged

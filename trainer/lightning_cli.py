@@ -35,7 +35,13 @@ from trainer.callbacks import (
 )
 from trainer.recipe import check_class, check_recipe, dotted_keys, flat, names_something_in
 from trainer.restore import check_fit, find_checkpoint, read_checkpoint
-from trainer.run import Run, read_json
+from trainer.run import Run
+
+_FIXED_DATA = (
+    *("batch_size", "targets_per_image", "seed", "sampling", "kinds", "only_with_targets", "negatives_per_image"),
+    *("clip_length", "clip_step"),
+)
+"""Arguments of the data module that decide which samples a step sees; how a step is cut up may change."""
 
 EVERY_RUN = (Throughput, SampleTrace, EvaluationRecord, PredictionRecord)
 """Callbacks of every run; a recipe that names one itself sets it up its own way."""
@@ -186,8 +192,6 @@ class RecipeCLI(LightningCLI):
         config = self.config[self.subcommand]
         now = flat(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False, format="yaml")))
         then = flat(yaml.safe_load(before.recipe.read_text()))
-        ranks = read_json(before.record).get("world_size", 1)
-        then["number of ranks"], now["number of ranks"] = ranks, self.trainer.world_size
         for key in sorted(then.keys() & now.keys()):
             if fixes_a_training(key) and then[key] != now[key]:
                 raise UserError(
@@ -261,11 +265,11 @@ class RecipeCLI(LightningCLI):
 def fixes_a_training(key: str) -> bool:
     """Whether a dotted key may not change between the parts of one training."""
     name = key.rpartition(".")[2]
-    data = ("batch_size", "micro_batch_size", "targets_per_image", "seed")
+    data = key.removeprefix("data.init_args.").split(".")[0]
     return (
         (key.startswith("model.") and name not in ("weights", "weights_sha256"))
-        or (key.startswith("data.init_args.") and name in data)
-        or key in ("number of ranks", "seed_everything", "trainer.precision", "trainer.gradient_clip_val")
+        or (key.startswith("data.init_args.") and data in _FIXED_DATA)
+        or key in ("seed_everything", "trainer.precision", "trainer.gradient_clip_val")
     )
 
 

@@ -56,15 +56,14 @@ class BoxPrompts:
         """What an evaluation asks, as JSON."""
         return {"kind": type(self).__name__, "eval_shift": self.eval_shift}
 
-    def __call__(
-        self, boxes: Tensor, sizes: Tensor, identities: Sequence[tuple[int, int]], epoch: int | None
-    ) -> Tensor:
+    def __call__(self, boxes: Tensor, sizes: Tensor, draws: Sequence[tuple[int, ...]], epoch: int | None) -> Tensor:
         """Move the sides of tight boxes outwards.
 
         Args:
             boxes: (Q, 4) tight boxes (x0, y0, x1, y1) in pixels of the model's input.
             sizes: (Q, 2) height and width, in the same pixels, of the image's valid area: boxes stay inside.
-            identities: For each prompt (sample position in its corpus, target position in its sample).
+            draws: For each prompt (sample position in its corpus, target position in its sample), and in an epoch that
+                shows a sample more than once, the number of the repeat.
             epoch: The epoch in training, None in evaluation.
 
         Returns:
@@ -73,9 +72,9 @@ class BoxPrompts:
         if epoch is None:
             shifts = torch.full_like(boxes, float(self.eval_shift))
         else:
-            drawn = np.zeros((len(identities), 4), dtype=np.float32)
-            for row, identity in enumerate(identities):
-                generator = np.random.default_rng((self.seed, epoch, *identity))
+            drawn = np.zeros((len(draws), 4), dtype=np.float32)
+            for row, draw in enumerate(draws):
+                generator = np.random.default_rng((self.seed, epoch, *draw))
                 drawn[row] = generator.integers(0, self.max_shift, size=4, endpoint=True)
             shifts = torch.from_numpy(drawn).to(boxes)
         low = (boxes[:, :2] - shifts[:, :2]).clamp(min=0)

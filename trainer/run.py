@@ -25,6 +25,7 @@ class Run:
         self.record = self.root / "run.json"
         self.stages = self.root / "stages.json"
         self.trace = self.root / "trace.csv"
+        self.skipped = self.root / "skipped.csv"
         self.checkpoints = self.root / "checkpoints"
         self.exports = self.root / "exports"
 

@@ -28,9 +28,10 @@ from rich.console import Console
 
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
-from data_shards.index import INDEX_NAME, write_index
+from data_shards.index import INDEX_NAME
 from data_shards.inspect import open_splits, show_corpus
 from data_shards.readers import Ground, read_drawing, read_mask, read_volume
+from data_shards.scan import write_index
 from data_shards.verify import verify
 
 CPU_SECONDS, SECONDS = 5, 60

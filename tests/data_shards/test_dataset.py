@@ -11,10 +11,10 @@ import pytest
 from test_triplet import make, values
 from torch.utils.data import DataLoader
 
-import data_shards.dataset
+import data_shards.stores.local
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
-from data_shards.index import write_index
+from data_shards.scan import write_index
 from data_shards.triplet import Triplet
 from data_shards.writer import ShardWriter, shard_name
 
@@ -62,7 +62,7 @@ def test_random_access_equals_sequential_reading(folder: Path) -> None:
 
 
 def test_closing_and_few_open_files_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_shards.dataset, "_MAX_OPEN", 2)
+    monkeypatch.setattr(data_shards.stores.local, "_MAX_OPEN", 2)
     opened: list[int] = []
     closed: list[int] = []
     real = os.open, os.close
@@ -117,7 +117,7 @@ def damage(folder: Path, number: int) -> str:
     index = ShardDataset(folder).index
     path = folder / str(index.shard_names[index.shard[number]])
     with path.open("r+b") as file:
-        file.seek(int(index.image_offset[number]) + 3)
+        file.seek(list(index.members(number).values())[1][0] + 3)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 4]))
@@ -144,14 +144,23 @@ def test_a_corrupt_byte_is_one_line_from_a_worker_too(folder: Path) -> None:
 
 
 def test_a_sample_that_cannot_be_decoded_is_one_line_from_a_worker_too(tmp_path: Path) -> None:
+    good = make(values("uint8")).encode()
     with ShardWriter(tmp_path, 5, 2**20) as writer:
-        writer.write("toy-0", {**make(values("uint8")).encode(), "image.png": b"no picture"})
+        writer.write("toy-0", {**good, "image.png": good["image.png"][:-40]})  # its header says that all is well
     write_index(tmp_path)
-    expected = f"^{tmp_path}/shard-000000.tar: sample 'toy-0': its image.png is no PNG$"
+    expected = f"^{tmp_path}/shard-000000.tar: sample 'toy-0': its image.png cannot be decoded"
     with pytest.raises(UserError, match=expected):
         ShardDataset(tmp_path)[0]
     with pytest.raises(UserError, match=expected):
         read_in_a_worker(tmp_path)
+
+
+def test_an_image_without_a_header_is_refused_by_the_index(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, 5, 2**20) as writer:
+        writer.write("toy-0", {**make(values("uint8")).encode(), "image.png": b"no picture"})
+    expected = f"^{tmp_path}/shard-000000.tar: sample 'toy-0' is not a triplet: its image.png is no PNG$"
+    with pytest.raises(UserError, match=expected):
+        write_index(tmp_path)
 
 
 def test_a_shard_that_shrinks_or_goes_while_in_use(folder: Path) -> None:

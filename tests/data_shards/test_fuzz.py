@@ -27,8 +27,8 @@ from test_triplet import make, values
 from toy import make_case, save_nifti
 from toy_dicom import make_rtstruct, make_seg, make_series, save, toy_array, write_enhanced, write_series
 
-from data_shards.index import write_index
 from data_shards.readers import Ground, read_drawing, read_volume
+from data_shards.scan import write_index
 from data_shards.triplet import Triplet
 from data_shards.verify import verify
 from data_shards.writer import ShardWriter

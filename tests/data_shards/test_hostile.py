@@ -29,9 +29,10 @@ from test_triplet import make, values
 from data_shards import codecs
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
-from data_shards.index import INDEX_NAME, Index, write_index
+from data_shards.index import INDEX_NAME, Index
 from data_shards.inspect import open_splits
 from data_shards.runs import runs_of
+from data_shards.scan import write_index
 from data_shards.tars import FORBIDDEN, scan_shard, walk
 from data_shards.triplet import MAX_RECORD, Target, Triplet
 from data_shards.verify import verify
@@ -268,9 +269,17 @@ def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:
     "place", ["pipe:cat /etc/passwd", "http://example.org/a", "s3://bucket/a", "gs://a/b", "file:///x"]
 )
 def test_nothing_is_fetched_or_run(place: str) -> None:
-    for call in (ShardDataset, Index.load, write_index, verify, open_splits):
+    for call in (Index.load, write_index, verify, open_splits):
         refused(lambda call=call: call(place), "shards are read from folders only; nothing is fetched or run")
         refused(lambda call=call: call(Path(place)), "shards are read from folders only; nothing is fetched or run")
+
+
+@pytest.mark.parametrize(
+    "place", ["pipe:cat /etc/passwd", "ftp://example.org/a", "zip://a.tar::s3://bucket/a", "ssh://host/a", "s3:bucket"]
+)
+def test_a_data_set_is_fetched_from_known_places_only(place: str) -> None:
+    parts = ("shards are read from folders and from s3://",) if place != "s3:bucket" else ("not a URL of a folder",)
+    refused(lambda: ShardDataset(place), *parts)
 
 
 # --- images
@@ -563,14 +572,24 @@ def changed(folder: Path, array: str, place: object, value: object) -> np.ndarra
         ("shard", 0, -1, "'shard' is out of range"),
         ("shard", 0, 3, "'shard' is out of range"),
         ("shard", 0, 1, ""),
-        ("json_offset", 2, -512, "'json_offset' is out of range"),
-        ("json_offset", 2, 2**62, "'json_offset' is out of range"),
-        ("json_offset", 2, 2**40, "'json_offset' lies outside of a shard"),
-        ("json_size", 2, -1, "'json_size' is out of range"),
-        ("json_size", 2, 2**33, "'json_size' is out of range"),
-        ("image_size", 2, 2**60, "'image_size' is out of range"),
-        ("image_size", 2, 10**6, "'image_offset' lies outside of a shard"),
-        ("image_extension", 1, 200, "'image_extension' is out of range"),
+        ("member_offset", 2, -512, "'member_offset' is out of range"),
+        ("member_offset", 2, 2**62, "'member_offset' is out of range"),
+        ("member_offset", 2, 2**40, "'member_offset' lies outside of a shard"),
+        ("member_size", 2, -1, "'member_size' is out of range"),
+        ("member_size", 2, 2**33, "'member_size' is out of range"),
+        ("member_size", 3, 2**60, "'member_size' is out of range"),
+        ("member_size", 3, 10**6, "'member_offset' lies outside of a shard"),
+        ("member_extension", 1, 200, "'member_extension' is out of range"),
+        ("member_start", 0, 1, "'member_start' does not cut the members"),
+        ("member_start", 3, 4, "'member_start' does not cut the members"),
+        ("member_start", -1, 99, "'member_start' does not cut the members"),
+        ("following", 0, 7, "'following' is out of range"),
+        ("following", 0, -2, "'following' is out of range"),
+        ("dataset", 0, 1, "'dataset' is out of range"),
+        ("volume", 0, -1, "'volume' is out of range"),
+        ("height", 0, -1, "'height' is out of range"),
+        ("channels", 0, 4, "'channels' is out of range"),
+        ("dtype", 0, 200, "'dtype' is out of range"),
         ("target_start", 0, 1, "'target_start' does not cut the targets"),
         ("target_start", 3, 0, "'target_start' does not cut the targets"),
         ("target_start", 2, -1, "'target_start' is out of range"),
@@ -586,7 +605,11 @@ def changed(folder: Path, array: str, place: object, value: object) -> np.ndarra
         ("shard_names", 0, "/x.tar", "a shard is called '/x.tar'"),
         ("shard_names", 0, "a\nb.tar", "a shard is called"),
         ("shard_names", 0, "passwd", "a shard is called 'passwd'"),
-        ("extensions", 0, "image.pkl", "an image has an unknown extension"),
+        ("extensions", 0, "image.pkl", "a member has an unknown extension"),
+        ("extensions", 0, "a\nb", "'extensions' holds"),
+        ("datasets", 0, "a\u2028b", "'datasets' holds"),
+        ("volumes", 0, "a\x7fb", "'volumes' holds"),
+        ("patients", 0, "a\0b", "'patients' holds"),
         ("terms", 0, "a\x1bb", "'terms' holds"),
         ("terms", 0, "\ud800", "'terms' holds"),
         ("raw_keys", 0, b"a\nb", "a key is no text"),
@@ -636,11 +659,100 @@ def test_arrays_of_an_index_of_a_wrong_shape_or_type(shards: Path) -> None:
             np.testing.assert_array_equal(Index.load(shards).shard, index.shard)
 
 
+def rewrite_as_old(folder: Path, version: int) -> None:
+    """Write the index as version 1 or 2 had it."""
+    index = Index.load(folder)
+    newer = {
+        *("member_start", "member_offset", "member_size", "member_extension", "dataset", "volume", "slice_index"),
+        *("following", "height", "width", "channels", "dtype", "row_spacing", "column_spacing", "slice_spacing"),
+        *("datasets", "volumes", "dtypes", "layout", *(("target_kind", "absent") if version == 1 else ())),
+    }
+    members = {
+        "json_offset": index.member_offset[0::2],
+        "json_size": index.member_size[0::2],
+        "image_offset": index.member_offset[1::2],
+        "image_size": index.member_size[1::2],
+        "image_extension": index.member_extension[1::2] - 1,
+        "extensions": index.extensions[1:],
+    }
+    rewrite(folder, version=np.int64(version), **dict.fromkeys(newer), **members)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_index_of_an_older_version_is_read(shards: Path, version: int) -> None:
+    triplets, new = list(ShardDataset(shards)), Index.load(shards)
+    rewrite_as_old(shards, version)
+    old = Index.load(shards)
+    assert old.is_old and not new.is_old
+    for name in ("member_start", "member_offset", "member_size", "member_extension", "extensions", "crc32", "terms"):
+        np.testing.assert_array_equal(getattr(old, name), getattr(new, name))
+    assert [old.members(number) for number in range(7)] == [new.members(number) for number in range(7)]
+    assert old.target_kind.tolist() == [int(version == 2)] * 6
+    assert old.following.tolist() == old.slice_index.tolist() == [-1] * 7
+    assert old.height.tolist() == [0] * 7 and np.isnan(old.row_spacing).all()
+    assert old.datasets.tolist() == old.volumes.tolist() == old.dtypes.tolist() == old.layout.tolist() == [""]
+    assert [triplet.encode() for triplet in ShardDataset(shards)] == [triplet.encode() for triplet in triplets]
+    old.save()  # as the present version, with what is known
+    assert Index.load(shards).members(3) == new.members(3)
+
+
+def test_an_index_of_an_older_version_whose_members_point_to_nothing(shards: Path) -> None:
+    original = (shards / INDEX_NAME).read_bytes()
+    for name, place, value, part in (
+        ("json_offset", 2, -512, "'member_offset' is out of range"),
+        ("image_offset", 2, 2**40, "'member_offset' lies outside of a shard"),
+        ("json_size", 2, -1, "'member_size' is out of range"),
+        ("image_extension", 1, 200, "'image_extension' is out of range"),
+    ):
+        (shards / INDEX_NAME).write_bytes(original)
+        rewrite_as_old(shards, 2)
+        with np.load(shards / INDEX_NAME) as content:
+            array = content[name].copy()
+        array[place] = value
+        rewrite(shards, **{name: array})
+        refused(lambda: Index.load(shards, check=False), f"damaged index ({part}")
+        rewrite(shards, **{name: array[:3]})
+        refused(lambda: Index.load(shards, check=False), "damaged index (its members are not as many as its keys")
+
+
+def test_the_index_tells_sizes_neighbours_and_spacings(built: Path) -> None:
+    dataset = ShardDataset(built / "train")
+    index = dataset.index
+    keys = [index.key(number) for number in range(len(index))]
+    assert (index.following >= 0).sum() > 10
+    for number, triplet in enumerate(dataset):
+        origin = triplet.provenance
+        assert (index.height[number], index.width[number], index.channels[number]) == (*triplet.image.shape, 1)
+        assert index.dtypes[index.dtype[number]] == triplet.image.dtype.name
+        assert index.datasets[index.dataset[number]] == origin.dataset
+        assert index.volumes[index.volume[number]] == origin.volume
+        assert index.slice_index[number] == origin.slice_index
+        assert (keys[index.following[number]] if index.following[number] >= 0 else None) == origin.next
+        spacings = (index.row_spacing[number], index.column_spacing[number], index.slice_spacing[number])
+        np.testing.assert_allclose(spacings, (*origin.spacing, origin.slice_spacing), rtol=1e-6)  # type: ignore[misc]
+
+
+def test_another_index_copied_over_the_one_in_use_changes_nothing(shards: Path) -> None:
+    dataset = ShardDataset(shards)
+    expected = [triplet.encode() for triplet in dataset]
+    with (shards / INDEX_NAME).open("r+b") as file:  # as cp does
+        file.truncate(0)
+    assert [triplet.encode() for triplet in dataset] == expected
+
+
+def test_an_index_goes_to_another_process_by_its_name(shards: Path) -> None:
+    dataset = ShardDataset(shards)
+    assert len(pickle.dumps(dataset)) < 2000
+    sent = pickle.dumps(dataset)
+    rewrite(shards, crc32=dataset.index.crc32 + np.uint32(1))
+    refused(lambda: pickle.loads(sent), "index.npz: changed under the run")
+
+
 def test_an_index_of_version_1_is_read(shards: Path) -> None:
     new = Index.load(shards)
     assert new.target_kind.tolist() == [1] * 6 and new.absent.tolist() == [7 - 4, 7 - 2, 7]
     assert dict(zip(new.terms.tolist(), new.absent.tolist(), strict=True)) == {"organ 0": 3, "organ 1": 5, "absent": 7}
-    rewrite(shards, version=np.int64(1), target_kind=None, absent=None)
+    rewrite_as_old(shards, 1)
     old = Index.load(shards)
     assert old.target_kind.tolist() == [0] * 6 and old.absent.tolist() == [-1] * 3
     assert [triplet.key for triplet in ShardDataset(shards)] == [f"toy-{number:03d}" for number in range(7)]
@@ -721,7 +833,7 @@ def test_webdataset_reads_both_codecs(tmp_path: Path, codec: Any) -> None:
     dataset = ShardDataset(tmp_path)
     assert verify(tmp_path).problems == []
     extension = {"png": "image.png", "zstd": "image.npy.zst"}[codec]
-    assert dataset.index.extensions.tolist() == [extension]
+    assert dataset.index.extensions.tolist() == ["json", extension]
 
     def unpack(key: str, data: bytes) -> Any:
         if key.endswith(".npy.zst"):

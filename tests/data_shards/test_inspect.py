@@ -15,7 +15,7 @@ from data_shards import inspect
 from data_shards.build import build
 from data_shards.cli import main
 from data_shards.errors import UserError
-from data_shards.index import write_index
+from data_shards.scan import write_index
 from data_shards.triplet import Target, Triplet
 from data_shards.writer import ShardWriter
 

@@ -15,9 +15,9 @@ from test_triplet import make, values
 from data_shards.batch import Sample, TripletBatch, collate
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
-from data_shards.index import write_index
 from data_shards.loader import SampleView, TripletLoader
-from data_shards.sampler import EvenSampler, GlobalOrderSampler
+from data_shards.sampler import Draw, EvenSampler, GlobalOrderSampler
+from data_shards.scan import write_index
 from data_shards.writer import ShardWriter
 
 COUNT = 26
@@ -69,7 +69,7 @@ def test_it_yields_the_order_of_the_sampler(folder: Path, workers: int) -> None:
     source = loader(folder, workers, epoch=4)
     batches = list(source)
     assert len(batches) == len(source) == 12
-    assert [[(4, position) for position in batch.positions] for batch in batches] == list(source.sampler)
+    assert [[Draw(4, position) for position in batch.positions] for batch in batches] == list(source.sampler)
     shards = ShardDataset(folder)
     for batch in batches:
         for position, key, image in zip(batch.positions, batch.keys, batch.images, strict=True):
@@ -220,7 +220,7 @@ def test_damage_is_one_line_from_the_loader_too(folder: Path, tmp_path: Path) ->
     for path in folder.iterdir():
         data = bytearray(path.read_bytes())
         if path.suffix == ".tar":
-            data[int(shards.index.json_offset[0]) + 2] ^= 1
+            data[shards.index.members(0)["json"][0] + 2] ^= 1
         (copy / path.name).write_bytes(data)
     source = loader(copy, workers=2)
     with pytest.raises(UserError) as caught:
@@ -243,8 +243,8 @@ def test_a_damaged_sample_in_a_worker_does_not_make_the_process_wait(folder, tmp
     index = ShardDataset(damaged).index
     for shard, name in enumerate(index.shard_names):
         data = bytearray((damaged / str(name)).read_bytes())
-        for offset in index.image_offset[index.shard == shard].tolist():
-            data[offset] ^= 0xFF
+        for number in np.flatnonzero(index.shard == shard):
+            data[index.members(number)["image.png"][0]] ^= 0xFF
         (damaged / str(name)).write_bytes(bytes(data))
     loading = loader(damaged, workers=2)
     started = time.monotonic()

@@ -26,8 +26,9 @@ from toy import make_case, make_inputs, save_nifti, write_spec
 import data_shards.plan
 from data_shards.build import build, build_part, prepare
 from data_shards.errors import UserError
-from data_shards.index import INDEX_NAME, write_index
+from data_shards.index import INDEX_NAME
 from data_shards.merge import merge
+from data_shards.scan import write_index
 from data_shards.stage import locked, work_folder
 from data_shards.verify import verify
 

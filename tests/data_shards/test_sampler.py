@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from data_shards.errors import UserError
-from data_shards.sampler import EvenSampler, GlobalOrderSampler, epoch_order
+from data_shards.sampler import Draw, EvenSampler, GlobalOrderSampler, epoch_order
 
-Steps = list[set[tuple[int, int]]]
+Steps = list[set[Draw]]
 
 
 def steps(world: int, micro: int, count: int = 50, batch: int = 8, epoch: int = 3, start: int = 0) -> Steps:
@@ -49,7 +49,7 @@ def test_a_step_holds_the_same_samples_whatever_the_ranks(world: int, micro: int
     assert len(expected) == 6 and all(len(step) == 8 for step in expected)
     assert steps(world, micro) == expected
     order = epoch_order(50, 11, 3)
-    assert expected == [{(3, int(i)) for i in order[n * 8 : n * 8 + 8]} for n in range(6)]
+    assert expected == [{Draw(3, int(i)) for i in order[n * 8 : n * 8 + 8]} for n in range(6)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -61,8 +61,8 @@ def test_a_start_leaves_out_what_was_seen(world: int) -> None:
 def test_an_epoch_repeats_no_sample_and_leaves_out_less_than_a_step() -> None:
     found = set.union(*steps(2, 2))
     assert len(found) == 48
-    other = {position for _, position in set.union(*steps(2, 2, epoch=4))}
-    assert other != {position for _, position in found}
+    other = {position for _, position, _ in set.union(*steps(2, 2, epoch=4))}
+    assert other != {position for _, position, _ in found}
 
 
 def test_length_is_that_of_a_whole_epoch() -> None:
@@ -87,9 +87,9 @@ def test_evaluation_covers_every_sample_with_equal_batches(count: int, micro: in
     ranks = [list(EvenSampler(count, micro, rank, world)) for rank in range(world)]
     assert {len(batches) for batches in ranks} == {len(EvenSampler(count, micro, 0, world))}
     assert len({tuple(map(len, batches)) for batches in ranks}) == 1
-    seen = [position for batches in ranks for batch in batches for _, position in batch]
+    seen = [position for batches in ranks for batch in batches for _, position, _ in batch]
     assert set(seen) == set(range(count))
     assert len(seen) - count < world  # no more is repeated than needed
-    assert {epoch for batches in ranks for batch in batches for epoch, _ in batch} == {0}
+    assert {epoch for batches in ranks for batch in batches for epoch, _, _ in batch} == {0}
     if world == 1:
         assert seen == list(range(count))

@@ -28,7 +28,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_help_teaches_with_a_spec_that_works(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = help_of(capsys)
-    for command in ("build", "merge", "verify", "inspect"):
+    for command in ("build", "merge", "verify", "inspect", "lint", "stats", "index"):
         assert f"data-shards {command} " in text
         assert help_of(capsys, command).startswith(f"usage: data-shards {command}")
     block = re.search(r"^  dataset:.*?(?=^\S)", text, re.MULTILINE | re.DOTALL)
@@ -169,7 +169,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     ("arguments", "message"),
     [
         (["biuld", "x"], "unknown command 'biuld'; did you mean 'build'?"),
-        (["zzz"], "unknown command 'zzz'; known: build, formats, inspect, merge, verify"),
+        (["zzz"], "unknown command 'zzz'; known: build, formats, index, inspect, lint, merge, stats, verify"),
         (["--hepl"], "unknown option '--hepl'; did you mean '--help'?"),
         (["build", "x.yaml", "--ot", "y"], "build: unknown option '--ot'; did you mean '--out'?"),
         (
@@ -352,7 +352,7 @@ def test_a_folder_that_may_not_be_entered(
 def test_a_corrupt_shard(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, index = corpus / "train" / "shard-000000.tar", Index.load(corpus / "train")
     with path.open("r+b") as file:
-        file.seek(int(index.image_offset[0]) + 1)
+        file.seek(index.members(0)["image.png"][0] + 1)
         file.write(b"\x00\x00\x00")
     expected = f"{path}: sample '{index.key(0)}' is damaged, its bytes changed since the build: run `data-shards verify"
     assert expected in complaint(capsys, "inspect", corpus)

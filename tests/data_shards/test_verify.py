@@ -13,8 +13,9 @@ from toy import make_inputs
 from data_shards.build import build
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
-from data_shards.index import INDEX_NAME, Index, write_index
+from data_shards.index import INDEX_NAME, Index
 from data_shards.inspect import open_splits
+from data_shards.scan import write_index
 from data_shards.sources import file_sha256
 from data_shards.tars import Entry, walk
 from data_shards.triplet import Target, Triplet
@@ -53,8 +54,9 @@ def test_it_writes_nothing(corpus: Path) -> None:
 def test_any_flipped_byte_of_a_sample_is_found(corpus: Path) -> None:
     path, index = corpus / "train" / SHARD, Index.load(corpus / "train")
     data = path.read_bytes()
-    places = [index.json_offset[3], index.image_offset[7] + index.image_size[7] - 1, index.image_offset[0] + 5]
-    for place, number in zip(map(int, places), (3, 7, 0), strict=True):
+    (offset, size), first = index.members(7)["image.png"], index.members(0)["image.png"][0]
+    places = [index.members(3)["json"][0], offset + size - 1, first + 5]
+    for place, number in zip(places, (3, 7, 0), strict=True):
         path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         found = problems(corpus)
         assert len(found) == 2, found
@@ -256,8 +258,9 @@ def test_what_is_in_the_tar_but_not_in_the_index_is_found(corpus: Path) -> None:
 
     def swap(arrays: dict[str, np.ndarray]) -> None:
         change(arrays)
-        for name in ("json_offset", "json_size", "image_offset", "image_size", "crc32"):
-            arrays[name][[0, 1]] = arrays[name][[1, 0]]
+        arrays["crc32"][[0, 1]] = arrays["crc32"][[1, 0]]
+        for name in ("member_offset", "member_size"):
+            arrays[name][[0, 1, 2, 3]] = arrays[name][[2, 3, 0, 1]]
 
     change_index(folder, swap)
     found = problems(folder)

@@ -16,7 +16,8 @@ from toy import make_inputs
 from data_shards.build import build
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
-from data_shards.index import INDEX_NAME, Index, write_index
+from data_shards.index import INDEX_NAME, Index
+from data_shards.scan import write_index
 from data_shards.writer import ShardWriter, shard_name
 
 
@@ -81,11 +82,8 @@ def test_index_offsets_are_those_of_tarfile(built: Path) -> None:
                 key, _, extension = item.name.partition(".")
                 position = index.keys.tolist().index(key)
                 assert index.shard[position] == number
-                kind = "json" if extension == "json" else "image"
-                place = (getattr(index, f"{kind}_offset")[position], getattr(index, f"{kind}_size")[position])
-                assert place == (item.offset_data, item.size)
-                if kind == "image":
-                    assert index.extensions[index.image_extension[position]] == extension
+                assert index.members(position)[extension] == (item.offset_data, item.size)
+                assert len(index.members(position)) == 2
                 seen += 1
     assert seen == 2 * len(index)
 
@@ -191,7 +189,7 @@ def test_an_index_of_a_newer_version_is_refused(corpus: Path) -> None:
     with np.load(path) as content:
         arrays = dict(content)
     np.savez(path, **{**arrays, "version": np.int64(99)})
-    with pytest.raises(UserError, match="format 99 is newer than 2: update"):
+    with pytest.raises(UserError, match="format 99 is newer than 3: update"):
         Index.load(corpus / "train")
 
 
@@ -223,11 +221,10 @@ def test_a_million_samples_open_at_once(tmp_path: Path) -> None:
         shard_sha256=np.array(["0" * 64] * 100),
         raw_keys=np.char.add(b"totalsegmentator-0123456789abcdef-a", np.char.zfill(numbers.astype(bytes), 6)),
         shard=(numbers // 10_000).astype(np.int32),
-        json_offset=numbers % 10_000 * 16_384 + 512,
-        json_size=numbers % 4096,
-        image_offset=numbers % 10_000 * 16_384 + 8192,
-        image_size=numbers % 4096,
-        image_extension=np.zeros(count, np.uint8),
+        member_start=np.arange(count + 1) * 2,
+        member_offset=np.repeat(numbers % 10_000 * 16_384, 2) + np.tile([512, 8192], count),
+        member_size=np.repeat(numbers % 4096, 2),
+        member_extension=np.tile(np.array([0, 1], np.uint8), count),
         crc32=numbers.astype(np.uint32),
         target_start=np.arange(count + 1) * 3,
         target_term=np.zeros(3 * count, np.int32),
@@ -235,7 +232,19 @@ def test_a_million_samples_open_at_once(tmp_path: Path) -> None:
         target_kind=np.ones(3 * count, np.uint8),
         modality=np.zeros(count, np.int32),
         patient=(numbers // 100).astype(np.int32),
-        extensions=np.array(["image.png"]),
+        dataset=np.zeros(count, np.int32),
+        volume=(numbers // 100).astype(np.int32),
+        slice_index=(numbers % 100).astype(np.int32),
+        following=np.where(numbers % 100 == 99, -1, numbers + 1).astype(np.int32),
+        **{name: np.full(count, 512, np.int32) for name in ("height", "width")},
+        channels=np.ones(count, np.uint8),
+        dtype=np.zeros(count, np.uint8),
+        **{name: np.ones(count, np.float32) for name in ("row_spacing", "column_spacing", "slice_spacing")},
+        extensions=np.array(["json", "image.png"]),
+        datasets=np.array(["totalsegmentator"]),
+        volumes=np.array([f"{n:016x}" for n in range(10_000)]),
+        dtypes=np.array(["uint8"]),
+        layout=np.array([""]),
         terms=np.array(["liver"]),
         absent=np.array([7]),
         modalities=np.array(["CT"]),

@@ -215,8 +215,8 @@ def test_a_damaged_shard_ends_the_run_with_its_name(tiny_recipe, tiny_shards, tr
     shard = copy / "shard-000000.tar"
     index = ShardDataset(copy).index
     data = bytearray(shard.read_bytes())
-    for offset in index.image_offset.tolist():  # every sample: whichever comes first is found
-        data[offset + 60] ^= 0xFF
+    for number in range(len(index)):  # every sample: whichever comes first is found
+        data[index.members(number)["image.png"][0] + 60] ^= 0xFF
     shard.write_bytes(bytes(data))
     options = ("--data.init_args.train", copy, "--data.init_args.num_workers", workers)
     line = the_only_line(*trainer_command("fit", "-c", tiny_recipe, *options)[::2])

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from data_shards.datamodule import TripletDataModule
 from data_shards.errors import UserError
 
 
@@ -59,6 +60,13 @@ class RunCheckpoint(ModelCheckpoint):
         if stage == "fit" and monitored and not trainer.limit_val_batches and not trainer.fast_dev_run:
             raise UserError(f"checkpoint.monitor {self.monitor} needs a validation split: give data.init_args.val")
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let a run go on with other micro-batches, or on another number of ranks, at the same sample."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        datamodule = getattr(trainer, "datamodule", None)
+        if isinstance(datamodule, TripletDataModule) and "train" in datamodule.shards:
+            settle(checkpoint, datamodule, trainer.world_size)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where the run starts: that step needs no saving."""
         super().on_train_start(trainer, pl_module)
@@ -78,8 +86,45 @@ class RunCheckpoint(ModelCheckpoint):
     def _save_last(self, trainer: Trainer) -> None:
         if trainer.global_step != self._saved_step and not trainer.fast_dev_run:
             assert self.dirpath is not None
+            trainer.strategy.barrier("trace")  # every rank has written down what it saw before it counts as saved
             trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", weights_only=False)  # the optimiser too
             self._saved_step = trainer.global_step
+
+
+def settle(checkpoint: dict[str, Any], datamodule: TripletDataModule, ranks: int) -> None:
+    """Write into a checkpoint's loops where training goes on, as the loader's own state says it.
+
+    Lightning counts micro-batches of one rank, and would go wrong with another number of ranks. It also miscounts
+    epochs after a resume at an epoch's end, and takes every end of training for that of an epoch: a second resume would
+    then begin the epoch again. What was seen are samples, in whole steps; the counters follow from that.
+
+    Args:
+        checkpoint: The checkpoint, changed in place; one without a state of our loader stays as it is.
+        datamodule: The data module, set up.
+        ranks: Number of ranks, from now on.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    states = loop.get("state_dict", {}).get("combined_loader")
+    if not states or "samples" not in states[0]:
+        return
+    # Samples after the last whole step were not learnt from: their gradients were never applied.
+    steps, epoch = states[0]["samples"] // datamodule.batch_size, states[0]["epoch"]
+    for state in states:
+        state["samples"] = steps * datamodule.batch_size
+    if not 0 < steps < datamodule.steps_per_epoch:  # between two epochs
+        epoch, steps = epoch + (steps > 0), 0
+    in_epoch = int(steps > 0)
+    passes = datamodule.accumulation(ranks)
+    epochs = {"ready": epoch + in_epoch, "started": epoch + in_epoch, "processed": epoch, "completed": epoch}
+    # In an epoch, a state is that of a batch that is done but for its callbacks: one of them saves.
+    done = dict.fromkeys(("ready", "started", "processed"), steps * passes)
+    done["completed"] = steps * passes - in_epoch
+    before = epoch * datamodule.steps_per_epoch * passes
+    loop["epoch_progress"].update(total=dict(epochs), current=dict(epochs))
+    loop["epoch_loop.batch_progress"].update(
+        total={name: before + count for name, count in done.items()}, current=done, is_last_batch=False
+    )
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - in_epoch
 
 
 def _is_last(trainer: Trainer) -> bool:

@@ -42,11 +42,13 @@ class EvaluationRecord(Callback):
         count = len(trainer.test_dataloaders.dataset)
         self._shown = set(np.linspace(0, count - 1, min(count, self.panels)).round().astype(int).tolist())
         self._kept: dict[tuple[int, int], dict[str, Any]] = {}
+        self._skipped: list[str] = []
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Prediction, batch: TripletBatch, batch_idx: int
     ) -> None:
-        """Keep the pictures of the chosen samples."""
+        """Keep the pictures of the chosen samples, and count those that could not be read."""
+        self._skipped += [item.key for item in batch.skipped]
         for q, (position, target) in enumerate(batch.identities):
             if position in self._shown:
                 image = int(batch.image_index[q])
@@ -63,6 +65,7 @@ class EvaluationRecord(Callback):
         """Write the table and the pictures."""
         assert isinstance(pl_module, MedSAMModule)
         scores, kept = pl_module.gathered_scores(), self._gather()
+        skipped = sorted({key for part in every_rank(self._skipped) for key in part})
         if not trainer.is_global_zero:
             return
         name = self.name or ("tuned" if trainer.ckpt_path else "untouched")
@@ -71,7 +74,10 @@ class EvaluationRecord(Callback):
         folder = Run(trainer.default_root_dir).evaluation(name)
         folder.mkdir(parents=True, exist_ok=True)
         write_scores(folder / "per_case.csv", scores)
-        write_json(folder / "evaluation.json", describe_evaluation(trainer, pl_module, name, scores))
+        described = describe_evaluation(trainer, pl_module, name, scores)
+        write_json(folder / "evaluation.json", {**described, "skipped": skipped})
+        if skipped:
+            print(f"{len(skipped)} damaged samples were not scored: {folder / 'evaluation.json'} names them")
         if kept:
             columns = {column: [item[column] for item in kept] for column in kept[0]}
             save_panels(folder / "panels.npz", **columns)

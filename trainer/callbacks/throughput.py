@@ -1,4 +1,4 @@
-"""Images per second."""
+"""Images per second, and whether they are waited for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from data_shards.batch import TripletBatch
 
 
 class Throughput(Callback):
-    """Logs ``train/images_per_second`` over all ranks: from one optimiser step to the next, without evaluations."""
+    """Logs ``train/images_per_second`` over all ranks: from one optimiser step to the next, without evaluations.
+
+    Besides, ``train/data_wait`` is the share of that time in which this rank waited for its loader.
+    """
 
     def __init__(self) -> None:
         self._paused = 0.0
@@ -20,7 +23,7 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._restart(trainer.global_step)
+        self._restart(trainer.global_step, _waited(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock: time until `on_validation_end` does not count."""
@@ -39,9 +42,15 @@ class Throughput(Callback):
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        rate = self._images / max(1e-9, time.perf_counter() - self._since)
-        pl_module.log("train/images_per_second", rate, batch_size=1)
-        self._restart(trainer.global_step)
+        seconds, waited = max(1e-9, time.perf_counter() - self._since), _waited(trainer)
+        share = min(1.0, (waited - self._waited) / seconds)
+        pl_module.log_dict({"train/images_per_second": self._images / seconds, "train/data_wait": share}, batch_size=1)
+        self._restart(trainer.global_step, waited)
 
-    def _restart(self, step: int) -> None:
-        self._since, self._images, self._step = time.perf_counter(), 0, step
+    def _restart(self, step: int, waited: float = 0.0) -> None:
+        self._since, self._images, self._step, self._waited = time.perf_counter(), 0, step, waited
+
+
+def _waited(trainer: Trainer) -> float:
+    """Seconds for which the training's batches were waited for so far; 0 where its loader does not say."""
+    return float(getattr(trainer.train_dataloader, "waited", 0.0))

@@ -1,31 +1,49 @@
-"""Which samples every step saw, and what loss they gave."""
+"""Which samples every step saw, what loss they gave, and which could not be read."""
 
 from __future__ import annotations
 
 import csv
 import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
+from trainer.ranks import every_rank
 from trainer.run import Run
+
+COLUMNS = ("epoch", "batch", "step", "loss", "keys", "attempt")
+_TAIL = 2**20
+"""Bytes at the end of a trace that are looked at: more than any of its lines has."""
 
 
 class SampleTrace(Callback):
-    """Appends ``epoch,batch,step,loss,keys`` to ``trace.csv`` after every batch; ``step`` is the one it belongs to.
+    """Appends ``epoch,batch,step,loss,keys,attempt`` to ``trace.csv`` after every batch; it belongs to that ``step``.
 
-    Other ranks than the first have ``trace-rank1.csv`` and so on. A resumed run appends to the same files: of two lines
-    with the same epoch and batch, the later one counts. A loss that is no number ends the run before it is saved.
+    Other ranks than the first have ``trace-rank1.csv`` and so on. A resumed run appends to the same files with the next
+    ``attempt``: lines of earlier ones from its first step on no longer count, since their work was not saved. A loss
+    that is no number ends the run before it is saved. Samples that the recipe allows to skip and that could not be read
+    are named in ``skipped.csv`` of the run, or ``skipped-rank1.csv``, and counted at the end.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the header of a new file."""
-        trace = Run(trainer.default_root_dir).trace
-        self._path = trace.with_stem(f"trace-rank{trainer.global_rank}") if trainer.global_rank else trace
-        if not self._path.exists():
-            self._append(["epoch", "batch", "step", "loss", "keys"])
+        """Write the header of a new file, and number the attempt."""
+        run = Run(trainer.default_root_dir)
+        self._path, self._skipped = (
+            path.with_stem(f"{path.stem}-rank{trainer.global_rank}") if trainer.global_rank else path
+            for path in (run.trace, run.skipped)
+        )
+        self._attempt = every_rank(1 + _last_attempt(run.trace))[0]
+        self._count = 0
+        self._columns = _columns(self._path)
+        if not self._columns:
+            self._columns = list(COLUMNS)
+            _append(self._path, COLUMNS)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: TripletBatch, batch_idx: int
@@ -43,13 +61,52 @@ class SampleTrace(Callback):
         """
         # outputs hold the loss as divided for accumulation; the trace shows the batch's own
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
-        self._append([trainer.current_epoch, batch_idx, self._step, f"{loss:.9g}", " ".join(batch.keys)])
+        place = (trainer.current_epoch, batch_idx, self._step)
+        values = dict(zip(COLUMNS, (*place, f"{loss:.9g}", " ".join(batch.keys), self._attempt), strict=True))
+        _append(self._path, [values[name] for name in self._columns])
+        for item in batch.skipped:
+            if not self._skipped.exists():
+                _append(self._skipped, ["epoch", "batch", "step", "key", "reason"])
+            _append(self._skipped, [*place, item.key, item.reason])
+        self._count += len(batch.skipped)
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} at step {self._step} on {', '.join(batch.keys)}: lower model.init_args.lr or look "
                 "at these samples; the last checkpoint is from before"
             )
 
-    def _append(self, row: list[Any]) -> None:
-        with self._path.open("a", newline="") as handle:
-            csv.writer(handle, lineterminator="\n").writerow(row)
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how many samples could not be read."""
+        count = sum(every_rank(self._count))
+        if count and trainer.is_global_zero:
+            files = self._skipped.with_stem("skipped*") if trainer.world_size > 1 else self._skipped
+            print(f"{count} damaged samples were skipped: {files} names them", file=sys.stderr, flush=True)
+
+
+def _append(path: Path, row: Sequence[Any]) -> None:
+    with path.open("a", newline="") as handle:
+        csv.writer(handle, lineterminator="\n").writerow(row)
+
+
+def _columns(path: Path) -> list[str]:
+    """Return the columns of a table that is there; what a kill left of its last line is cut away."""
+    if not path.exists():
+        return []
+    with path.open("r+b") as handle:
+        end = handle.seek(0, os.SEEK_END)
+        handle.seek(max(0, end - _TAIL))
+        tail = handle.read()
+        handle.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
+        handle.seek(0)
+        return next(csv.reader([handle.readline().decode()]), [])
+
+
+def _last_attempt(path: Path) -> int:
+    """Return the number of the attempt that wrote last into a trace; −1 where there is none."""
+    columns = _columns(path)
+    if not columns:
+        return -1
+    with path.open("rb") as handle:
+        handle.seek(max(0, handle.seek(0, os.SEEK_END) - _TAIL))
+        last = handle.read().decode(errors="replace").splitlines()[-1].rpartition(",")[2]
+    return int(last) if columns[-1] == COLUMNS[-1] and last.isdigit() else 0

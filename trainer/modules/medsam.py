@@ -128,7 +128,7 @@ class MedSAMModule(LightningModule):
         """
         preprocessing = self.model.preprocessing
         boxes, valid = preprocessing.boxes(batch.boxes, batch.sizes)
-        boxes = self.prompts(boxes, valid, batch.identities, epoch)
+        boxes = self.prompts(boxes, valid, batch.draws, epoch)
         features = self.model.encode(preprocessing.images(batch.images, self.device))
         asked = Prompts(image_index=batch.image_index.to(self.device), boxes=boxes.to(self.device))
         logits, scores = self.model.decode(features, asked)
@@ -136,6 +136,8 @@ class MedSAMModule(LightningModule):
 
     def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
         """Loss averaged over each image's targets, then over images: the same however a step is cut into batches."""
+        if not batch.masks:  # every sample was damaged and skipped: nothing is learnt, and other ranks do not wait
+            return torch.stack([(p * 0).sum() for p in self.parameters() if p.requires_grad]).sum()
         logits, _, _ = self(batch, epoch=self.current_epoch)
         side = self.model.preprocessing.image_size
         logits = resize_logits(logits, (side, side))

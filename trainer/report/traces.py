@@ -26,5 +26,37 @@ def read_traces(root: Path) -> tuple[frozenset[str], int] | None:
     return (frozenset(keys), steps) if paths else None
 
 
+def read_order(root: Path) -> dict[tuple[int, int], list[str]]:
+    """Return which samples each optimiser step learnt from, over all ranks and in the order of the epoch.
+
+    Of a run that was stopped and went on, lines count whose work was saved: of an earlier attempt those before the
+    first step of every later one.
+
+    Returns:
+        Keys of samples by (epoch, step), in the order of steps.
+
+    Raises:
+        UserError: A trace is damaged.
+    """
+    lines: dict[tuple[int, int, int, int], tuple[int, list[str]]] = {}  # of one that was done twice, the later counts
+    for path in root.glob("trace*.csv"):
+        rank = int(path.stem.removeprefix("trace").removeprefix("-rank") or 0)
+        for attempt, epoch, batch, step, keys in read_rows(path, _line, "trace of samples"):
+            lines[attempt, epoch, batch, rank] = (step, keys)
+    first: dict[int, int] = {}
+    for (attempt, *_), (step, _) in lines.items():
+        first[attempt] = min(step, first.get(attempt, step))
+    order: dict[tuple[int, int], list[str]] = {}
+    for (attempt, epoch, _, _), (step, keys) in sorted(lines.items()):
+        if all(step < begin for later, begin in first.items() if later > attempt):
+            order.setdefault((epoch, step), []).extend(keys)
+    return order
+
+
+def _line(row: Row) -> tuple[int, int, int, int, list[str]]:
+    numbers = (int(row.get("attempt") or 0), int(row["epoch"]), int(row["batch"]), int(row["step"]))
+    return (*numbers, row["keys"].split())
+
+
 def _batch(row: Row) -> tuple[int, list[str]]:
     return int(row["step"]), row["keys"].split()

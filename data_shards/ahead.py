@@ -1,0 +1,60 @@
+"""Fetching the next item while one is used."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_POLL = 0.1
+"""Seconds after which a thread that waits looks whether it is still wanted."""
+_PATIENCE = 5.0
+"""Seconds for which the thread is waited for when it is no longer wanted."""
+
+
+class OneAhead(Generic[T]):
+    """The items of an iterator; a thread fetches the next one while one is used.
+
+    Args:
+        source: The iterator. From now on only the thread touches it.
+    """
+
+    def __init__(self, source: Iterator[T]) -> None:
+        self._source = source
+        self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(1)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._fetch, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[T]:
+        """Yield the items; what the iterator raises is raised here."""
+        while True:
+            item, error = self._ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+
+    def stop(self) -> None:
+        """Stop the thread, so that the iterator can be closed."""
+        self._stopped.set()
+        self._thread.join(_PATIENCE)
+
+    def _fetch(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                found: tuple[T | None, BaseException | None] = (next(self._source), None)
+            except BaseException as error:  # also KeyboardInterrupt: it is raised where items are used
+                found = (None, error)
+            while not self._stopped.is_set():
+                try:
+                    self._ready.put(found, timeout=_POLL)
+                    break
+                except queue.Full:
+                    continue
+            if found[1] is not None:
+                return

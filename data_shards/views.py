@@ -1,0 +1,185 @@
+"""What a draw of the sampler becomes: a sample with its targets chosen, or the frames of a clip.
+
+Every choice is a pure function of (seed, epoch, position, repeat).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from data_shards.batch import Item, Sample, Skipped
+from data_shards.dataset import ShardDataset
+from data_shards.errors import DamageError, UserError
+from data_shards.index import Index
+from data_shards.sampler import Draw
+from data_shards.seed import stream
+from data_shards.triplet import KINDS, Triplet
+
+Kinds = Literal["all", "semantic", "instance"]
+OnDamage = Literal["error", "skip"]
+
+
+class SampleView(Dataset[Item]):
+    """A shard dataset as (epoch, position) → sample, with the targets of that epoch chosen.
+
+    Args:
+        shards: The samples.
+        targets_per_image: How many targets of an image are drawn in an epoch; null takes all. MedSAM draws one.
+        seed: Seed of the draw.
+        kinds: Which targets are drawn from: ``semantic`` (all of a term in one mask), ``instance``, or ``all``.
+        negatives_per_image: How many terms are drawn from those that were looked for in an image and are not there.
+        on_damage: What a damaged sample is: an ``error``, or one to ``skip`` and to report.
+    """
+
+    frames = 1
+
+    def __init__(
+        self,
+        shards: ShardDataset,
+        targets_per_image: int | None = None,
+        seed: int = 0,
+        kinds: Kinds = "all",
+        negatives_per_image: int = 0,
+        on_damage: OnDamage = "error",
+    ) -> None:
+        self.shards, self.targets_per_image, self.seed = shards, targets_per_image, seed
+        self.kinds, self.negatives_per_image, self.on_damage = kinds, negatives_per_image, on_damage
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, draw: Draw | tuple[int, int]) -> Item:
+        """Read what was drawn.
+
+        Raises:
+            UserError: A sample is damaged, and may not be skipped; or the place of the shards cannot be read.
+        """
+        draw = Draw(*draw)
+        try:
+            return self._read(draw)
+        except DamageError as error:
+            if self.on_damage == "error":
+                raise
+            return Skipped(draw.position, self.shards.index.key(draw.position), str(error))
+
+    def _read(self, draw: Draw) -> Sample | tuple[Sample, ...]:
+        triplet = self.shards[draw.position]
+        candidates = [number for number, target in enumerate(triplet.targets) if self.kinds in ("all", target.kind)]
+        return Sample(
+            position=draw.position,
+            triplet=triplet,
+            chosen=self._draw(candidates, draw),
+            repeat=draw.repeat,
+            absent=self._negatives([triplet], draw),
+        )
+
+    def _draw(self, candidates: Sequence[int], draw: Draw) -> tuple[int, ...]:
+        """Draw as many of the candidates as are wanted, in their order."""
+        if self.targets_per_image is None or len(candidates) <= self.targets_per_image:
+            return tuple(candidates)
+        if draw.repeat:
+            generator = stream(self.seed, "repeats", *draw)
+        else:
+            generator = np.random.default_rng((self.seed, draw.epoch, draw.position))
+        chosen = generator.choice(len(candidates), size=self.targets_per_image, replace=False)
+        return tuple(candidates[index] for index in sorted(chosen.tolist()))
+
+    def _negatives(self, triplets: Sequence[Triplet], draw: Draw) -> tuple[str, ...]:
+        """Draw terms that were looked for in all of some images and are in none of them."""
+        if not self.negatives_per_image:
+            return ()
+        there = {target.term for triplet in triplets for target in triplet.targets}
+        everywhere = set.intersection(*({*triplet.looked_for} for triplet in triplets))
+        absent = [term for term in dict.fromkeys(triplets[0].looked_for) if term in everywhere - there]
+        count = min(self.negatives_per_image, len(absent))
+        chosen = stream(self.seed, "negatives", *draw).choice(len(absent), size=count, replace=False) if count else ()
+        return tuple(absent[index] for index in sorted(int(index) for index in chosen))
+
+
+class ClipView(SampleView):
+    """Clips of neighbouring slices of one volume, as video models take them: (epoch, position) → frames.
+
+    A clip begins at the slice that was drawn. What is followed through it are semantic targets of that first slice:
+    a later slice has those of them that it shows, under the same number. `targets_per_image` counts them.
+
+    Args:
+        shards: The samples.
+        frames: Slices in a clip.
+        step: From one slice of a clip to the next: 2 leaves out every other.
+        targets_per_image: How many things are drawn from the first slice; null takes all.
+        seed: Seed of the draw.
+        negatives_per_image: Terms drawn from those that were looked for in all slices and are in none.
+        on_damage: What a clip with a damaged slice is: an ``error``, or one to ``skip`` and to report.
+    """
+
+    def __init__(
+        self,
+        shards: ShardDataset,
+        frames: int,
+        step: int = 1,
+        targets_per_image: int | None = None,
+        seed: int = 0,
+        negatives_per_image: int = 0,
+        on_damage: OnDamage = "error",
+    ) -> None:
+        super().__init__(shards, targets_per_image, seed, "semantic", negatives_per_image, on_damage)
+        self.frames, self.step = frames, step
+
+    def _read(self, draw: Draw) -> tuple[Sample, ...]:
+        places = clip(self.shards.index, draw.position, self.frames, self.step)
+        triplets = [self.shards[place] for place in places]
+        first = [number for number, target in enumerate(triplets[0].targets) if target.kind == "semantic"]
+        terms = [triplets[0].targets[number].term for number in self._draw(first, draw)]
+        absent = self._negatives(triplets, draw)
+        samples = []
+        for place, triplet in zip(places, triplets, strict=True):
+            found = [
+                (number, terms.index(target.term))
+                for number, target in enumerate(triplet.targets)
+                if target.kind == "semantic" and target.term in terms
+            ]
+            chosen, objects = tuple(number for number, _ in found), tuple(thing for _, thing in found)
+            samples.append(Sample(place, triplet, chosen, draw.repeat, objects, absent))
+        return tuple(samples)
+
+
+def clip(index: Index, position: int, frames: int, step: int) -> list[int]:
+    """Return the positions of a clip's slices.
+
+    Raises:
+        UserError: The volume ends before the clip.
+    """
+    places = [position]
+    for number in range((frames - 1) * step):
+        position = int(index.following[position])
+        if position < 0:
+            raise UserError(f"{index.folder}: no clip of {frames} slices begins at sample '{index.key(places[0])}'")
+        if (number + 1) % step == 0:
+            places.append(position)
+    return places
+
+
+def with_target(index: Index, kinds: Kinds) -> np.ndarray:
+    """Return which samples have a target of some kind: (N,) bool."""
+    if kinds == "all":
+        return np.diff(index.target_start) > 0
+    before = np.concatenate([[0], np.cumsum(index.target_kind == KINDS.index(kinds))])
+    return np.diff(before[index.target_start]) > 0
+
+
+def clip_starts(index: Index, frames: int, step: int) -> np.ndarray:
+    """Return at which samples a whole clip begins, with a target to follow: (N,) bool.
+
+    Raises:
+        UserError: The index does not tell neighbours.
+    """
+    if index.is_old:
+        raise UserError(f"{index.folder}: its index does not tell neighbours: run `data-shards index {index.folder}`")
+    place = np.arange(len(index))
+    for _ in range((frames - 1) * step):
+        place = np.where(place < 0, -1, index.following[place])
+    return (place >= 0) & with_target(index, "semantic")

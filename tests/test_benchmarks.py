@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("nilearn", reason="the benchmarks read a volume that it carries")
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+NAMES = sorted(path.name for path in FOLDER.glob("*.py"))
+Check = Callable[[dict[str, Any]], bool]
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FOLDER / name), *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def strictly(text: str) -> dict[str, Any]:
+    """Read JSON that has no NaN."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def documented(name: str) -> set[str]:
+    """The keys that a benchmark's docstring lists for its last line."""
+    doc = ast.get_docstring(ast.parse((FOLDER / name).read_text())) or ""
+    table = doc.partition("The last line is one JSON object:\n")[2].split("\n\n")[0]
+    rows = re.findall(r"^  ([a-z]\w*(?:, [a-z]\w*)*) ", table, re.MULTILINE)
+    return {key for row in rows for key in row.split(", ")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_tells_what_is_printed(name: str) -> None:
+    done = run(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--quick" in done.stdout and "The last line is one JSON object:" in done.stdout
+    assert {"benchmark", "quick"} <= documented(name)
+
+
+def positive(values: Any) -> bool:
+    """Whether every number inside is above 0."""
+    if isinstance(values, dict):
+        return all(map(positive, values.values()))
+    if isinstance(values, list):
+        return all(map(positive, values))
+    return values is None or isinstance(values, str) or values > 0
+
+
+def samples_are_sane(found: dict[str, Any]) -> bool:
+    sizes = found["kilobytes_per_sample"]
+    return (
+        positive(found["encoded_per_second"])
+        and found["targets_per_sample"] == 3.4
+        and 100 < sizes["png"] < 170  # neither too smooth nor mere noise
+        and sizes["png"] < sizes["zstd"] < 262
+        and sizes["png_1024"] > 3 * sizes["png"]
+    )
+
+
+def readers_are_sane(readers: dict[str, Any], count: int) -> bool:
+    own, others = readers["data_shards"], {name: row for name, row in readers.items() if name != "data_shards"}
+    return (
+        own["unique_after_resume"] == count
+        and own["delivered_over_3_ranks"] == [count // 3] * 3
+        and own["slower_than_ours"] == {"png": 1, "zstd": 1}
+        and others.keys() == {"webdataset", "torchdata", "litdata"}
+        and all(row is None or sum(row["delivered_over_3_ranks"]) == count for row in others.values())
+        and all(row is None or len(set(row["delivered_over_3_ranks"])) > 1 for row in others.values())
+        and all(row is None or count * 0.6 <= row["unique_after_resume"] <= count for row in others.values())
+        and positive(readers)
+    )
+
+
+def alone_is_sane(found: dict[str, Any]) -> bool:
+    return found["samples"] == 48 and readers_are_sane(found["readers"], 48)
+
+
+def loader_is_sane(found: dict[str, Any]) -> bool:
+    rates, speed = found["samples_per_second"], found["bar"]["samples_per_second_per_core"]
+    return (
+        positive(rates)
+        and found["ratio_to_png_1024"]["zstd"] > found["ratio_to_png_1024"]["png"] > 2
+        and found["ratio_to_png_1024"]["png"]
+        == pytest.approx(rates["png"]["loader"] / rates["png_1024"]["loader"], rel=0.01)
+        and found["ratio_to_reference"]["png"] > 2
+        and speed == rates["zstd"]["loader"]
+        and found["bar"]["met"] is (speed >= 1000)
+        and all(0 <= share < 1 for share in found["wait_share"].values())
+        and found["wait_bar"]["met"] is (found["wait_share"]["30"] < 0.01)
+        and found["content"]["targets_per_sample"] == 3.4
+        and readers_are_sane(found["readers"], found["samples"]["native"])
+    )
+
+
+def index_is_sane(found: dict[str, Any]) -> bool:
+    return (
+        (found["samples"], found["targets"], found["shards"]) == (3000, 10200, 3)
+        and found["first_batch_seconds"] > found["first_batch_without_imports_seconds"] > found["open_seconds"] > 0
+        and found["getitem_us"] > found["read_us"] > found["row_us"] > 0
+        and found["rss_mb"] > 0 < found["file_mb"]
+        and all(item["met"] is (item["value"] < item["needed"]) for item in found["bar"].values())
+        and found["bar"].keys() == {"open_seconds", "rss_mb", "first_batch_seconds"}
+        and positive(found["weighted_seconds"])
+    )
+
+
+def shards_are_sane(found: dict[str, Any]) -> bool:
+    return (
+        positive(found["built_per_second"])
+        and 0 < found["slices"] <= 60
+        and found["read_per_second"]["zstd"] > found["read_per_second"]["png"] > 0
+        and positive(found["megabytes"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "is_sane"),
+    [
+        ("samples.py", ("--distinct", "5"), samples_are_sane),
+        ("shards.py", ("--volumes", "10", "--slices", "6"), shards_are_sane),
+        ("index.py", ("--samples", "3000", "--repeats", "1"), index_is_sane),
+        ("readers.py", ("--samples", "48"), alone_is_sane),
+        pytest.param("loader.py", ("--samples", "48"), loader_is_sane, marks=pytest.mark.slow),
+    ],
+)
+def test_the_last_line_is_what_the_docstring_says(name: str, size: tuple[str, ...], is_sane: Check) -> None:
+    done = run(name, "--quick", *size)
+    assert done.returncode == 0, done.stderr
+    *before, last = done.stdout.splitlines()
+    found = strictly(last)
+    assert before, "nothing for people to read"
+    assert found.keys() == documented(name)
+    assert found["benchmark"] == name.removesuffix(".py") and found["quick"] is True
+    assert is_sane(found), last
+
+
+def test_every_benchmark_is_run_above() -> None:
+    assert NAMES == ["index.py", "loader.py", "readers.py", "samples.py", "shards.py"]
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Import a benchmark by name."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in NAMES:
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+@pytest.mark.parametrize("codec", ["png", "zstd"])
+def test_other_readers_give_the_same_tensors(
+    codec: str, tmp_path: Path, modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("webdataset")
+    monkeypatch.setenv("RANK", "0")  # the readers set them: here they are put back
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    samples, readers = modules("samples"), modules("readers")
+    sources = [samples.encoded(source, codec) for source in samples.slices(5)]
+    folder = samples.write_shards(tmp_path / "shards", sources, 16, 5)
+    expected = {key: parts for batch in readers.ours(folder, 0, 0, 1) for key, parts in by_key(vars(batch)).items()}
+    for name, (make, packages) in readers.READERS.items():
+        if name != "data_shards" and readers.found(packages) is not None:
+            loader = make(folder, 0, 0, 1)
+            got = {key: parts for batch in loader for key, parts in by_key(batch).items()}
+            assert got.keys() == expected.keys() and len(got) == 16
+            for key, (image, masks, boxes, terms) in got.items():
+                assert torch.equal(image, expected[key][0]) and image.dtype == torch.uint8
+                assert len(masks) == len(expected[key][1]) in (3, 4)
+                assert all(torch.equal(*pair) for pair in zip(masks, expected[key][1], strict=True))
+                assert torch.equal(boxes, expected[key][2]) and terms == expected[key][3]
+
+
+def by_key(batch: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """The parts of a batch by sample: image, masks, boxes, terms."""
+    parts = {}
+    for number, key in enumerate(batch["keys"]):
+        mine = torch.nonzero(batch["image_index"] == number).flatten().tolist()
+        masks, terms = ([batch[name][target] for target in mine] for name in ("masks", "terms"))
+        parts[key] = (batch["images"][number], masks, batch["boxes"][mine], terms)
+    return parts
+
+
+def test_a_reader_that_is_not_installed_is_null(modules: Callable[[str], ModuleType]) -> None:
+    found = modules("readers").found
+    assert found(("no-such-package-here",)) is None and found(("numpy", "no-such-package-here")) is None
+    assert found(("numpy",)) == np.__version__ and found(()) == ""
+
+
+def test_medians_run_in_turn_and_leave_out_the_first_round(
+    modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, order, now = modules("samples"), [], [0.0]
+    monkeypatch.setattr(samples.time, "perf_counter", lambda: now[0])
+    seconds = {"a": iter([100.0, 1.0, 2.0, 4.0]), "b": iter([100.0, 5.0, 5.0, 5.0])}
+
+    def takes(name: str) -> Callable[[], int]:
+        def call() -> int:
+            order.append(name)
+            now[0] += next(seconds[name])
+            return 10
+
+        return call
+
+    assert samples.medians({"a": takes("a"), "b": takes("b")}, repeats=3) == {"a": 5.0, "b": 2.0}
+    assert order == ["a", "b"] * 4
+
+
+def test_a_grown_index_reads_the_samples_that_it_repeats(tmp_path: Path, modules: Callable[[str], ModuleType]) -> None:
+    from data_shards.dataset import ShardDataset
+
+    index, samples = modules("index"), modules("samples")
+    index.BASE = 10
+    sources = [samples.encoded(source, "zstd") for source in samples.slices(5)]
+    samples.write_shards(tmp_path / "base", sources, 10, 10)
+    index.grow(tmp_path / "base", tmp_path / "grown", 200)
+    base, grown = ShardDataset(tmp_path / "base"), ShardDataset(tmp_path / "grown")
+    rows = grown.index
+    assert len(grown) == 200 == len(set(rows.keys.tolist())) and len(rows.target_term) == 680
+    for number in (0, 9, 10, 57, 199):
+        assert grown.read(number) == base.read(number % 10)
+        assert rows.targets(number) == base.index.targets(number % 10)
+    assert len(rows.patients) == 4 and len(rows.volumes) == 5
+    follows = np.flatnonzero(rows.following >= 0)
+    assert len(follows) == 200 - 5
+    assert (rows.volume[rows.following[follows]] == rows.volume[follows]).all()
+    assert np.bincount(rows.modality).tolist() == [140, 50, 10]
