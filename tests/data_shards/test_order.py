@@ -147,7 +147,7 @@ def test_weights_that_do_not_fit(index: Index) -> None:
         {"weights": {"CT": -1.0}},
         {"weights": {"CT": float("nan")}},
     ):
-        with pytest.raises(UserError, match="^sampling"):
+        with pytest.raises(UserError, match=r"^sampling"):
             Sampling(**wrong)  # type: ignore[arg-type]
 
 

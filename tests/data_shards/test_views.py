@@ -119,7 +119,7 @@ def test_negatives_were_looked_for_and_are_not_there(volumes: Path) -> None:
             there = {target.term for target in item.triplet.targets}
             absent = {*item.triplet.looked_for} - there
             assert len(item.absent) == min(2, len(absent)) == len(set(item.absent)) and {*item.absent} <= absent
-            assert item == view[epoch, place]
+            assert item.absent == view[epoch, place].absent  # type: ignore[union-attr]
             drawn.add(item.absent)
     assert len(drawn) > 4
     assert SampleView(shards)[0, 0].absent == ()  # type: ignore[union-attr]
@@ -255,21 +255,15 @@ def test_a_clip_with_a_damaged_slice_is_skipped(volumes: Path, monkeypatch: pyte
     shards = ShardDataset(volumes)
     bad = position(shards.index, "toy-v2-03")
     real = shards.read
-    monkeypatch.setattr(
-        shards,
-        "read",
-        lambda number: (
-            real(number)
-            if number != bad
-            else shards._damage(number, "x") and _raise(shards._damage(number, "it is bad"))
-        ),
-    )
+
+    def read(number: int) -> dict[str, bytes]:
+        if number == bad:
+            raise shards._damage(number, "it is bad")
+        return real(number)
+
+    monkeypatch.setattr(shards, "read", read)
     item = ClipView(shards, frames=3, on_damage="skip")[0, position(shards.index, "toy-v2-02")]
     assert isinstance(item, Skipped) and item.key == "toy-v2-02" and "sample 'toy-v2-03' is damaged" in item.reason
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 # --- the data module
@@ -286,7 +280,9 @@ def test_the_data_module_trains_on_what_is_chosen(volumes: Path) -> None:
     assert module(volumes).steps_per_epoch == 14 // 2
     only = module(volumes, only_with_targets=True, kinds="instance")
     keys = {key for batch in only.train_dataloader() for key in batch.keys}
-    assert keys == {key for key in index.keys.tolist() if "-v0-" not in key} and only.without_targets("train") == 0
+    having = {key for key in index.keys.tolist() if "-v0-" not in key}
+    assert len(having) == 7 and keys < having and len(keys) == 6  # batches of two
+    assert only.without_targets("train") == 0
     assert module(volumes, kinds="instance").without_targets("train") == 7
     clips = module(volumes, clip_length=3)
     batches = list(clips.train_dataloader())
