@@ -294,7 +294,47 @@ def write_tar(members: Members) -> bytes:
     return buffer.getvalue()
 
 
-_PAYLOADS = {".json": damage_json, ".png": damage_png, ".npy": damage_npy, ".zst": damage_zstd}
+def damage_jpeg(data: bytes, rng: Rng) -> bytes:
+    """Change what a segment of a JPEG declares, its bytes, or how often it is there."""
+    if rng.random() < 0.4:
+        return damage(data, rng)
+    segments, place = [], 2
+    while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != 0xDA:
+        size = 2 + struct.unpack(">H", data[place + 2 : place + 4])[0]
+        segments.append(data[place : place + size])
+        place += size
+    number = int(rng.integers(len(segments)))
+    segment = bytearray(segments[number])
+    frame = next((n for n, part in enumerate(segments) if part[1] in (0xC0, 0xC2)), None)
+    what = rng.random()
+    if frame is not None and what < 0.5:  # precision, height, width, components
+        number, segment = frame, bytearray(segments[frame])
+        field = int(rng.integers(4))
+        start, size = ((4, 1), (5, 2), (7, 2), (9, 1))[field]
+        segment[start : start + size] = (pick(rng, NUMBERS) & (256**size - 1)).to_bytes(size, "big")
+    elif what < 0.8:
+        segment[4:] = damage(bytes(segment[4:]), rng)[: 65_533 - 4]
+        segment[2:4] = struct.pack(">H", len(segment) - 2)
+    else:
+        segment *= int(rng.integers(2, 300))
+    segments[number] = bytes(segment)
+    return data[:2] + b"".join(segments) + data[place:]
+
+
+def damage_text(data: bytes, rng: Rng) -> bytes:
+    """Replace a term by what is none, or damage its bytes."""
+    terms = (b"", b" ", b"\xff\xfe", b"\n\n", b"a\nb", b"\x1b[31m", "é\u2028".encode(), b"x" * 2000, b"x" * 10**6)
+    return damage(data, rng) if data and rng.random() < 0.3 else pick(rng, terms)
+
+
+_PAYLOADS = {
+    ".json": damage_json,
+    ".png": damage_png,
+    ".npy": damage_npy,
+    ".zst": damage_zstd,
+    ".jpg": damage_jpeg,
+    ".txt": damage_text,
+}
 
 
 def damage_shard(path: Path, rng: Rng, marker: Path) -> bytes:
@@ -377,14 +417,20 @@ def _damage_header(data: bytes, rng: Rng) -> bytes:
     return data[:start] + bytes(block) + data[start + 512 :]
 
 
-def damage_zip(data: bytes, rng: Rng, marker: Path) -> bytes:
-    """Damage an npz: its bytes, or its arrays so that its checksums fit."""
-    what = rng.random()
+def damage_zip(data: bytes, rng: Rng, marker: Path, turn: int | None = None) -> bytes:
+    """Damage an npz: its bytes, or its arrays so that its checksums fit.
+
+    Args:
+        data: The file.
+        rng: Decides how.
+        marker: What a pickle makes when it is opened.
+        turn: Damage one array, and after all have had their turn the first one again.
+    """
+    what = rng.random() if turn is None else 0.5 + rng.random() / 2
     if what < 0.3:
         return damage(data, rng)
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = [(name, archive.read(name)) for name in archive.namelist()]
-    number = int(rng.integers(len(members)))
+    members = read_zip(data)
+    number = int(rng.integers(len(members))) if turn is None else turn % len(members)
     name, content = members[number]
     if what < 0.4:
         members[number] = (name, pick(rng, planted(marker)))
@@ -397,12 +443,53 @@ def damage_zip(data: bytes, rng: Rng, marker: Path) -> bytes:
         members[number] = (name, buffer.getvalue())
     else:
         members[number] = (name, damage_npy(content, rng))
+    return write_zip(members, zipfile.ZIP_DEFLATED if rng.random() < 0.05 else zipfile.ZIP_STORED)
+
+
+def read_zip(data: bytes) -> Members:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return [(name, archive.read(name)) for name in archive.namelist()]
+
+
+def write_zip(members: Members, kind: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
-    kind = zipfile.ZIP_DEFLATED if rng.random() < 0.05 else zipfile.ZIP_STORED
     with zipfile.ZipFile(buffer, "w", kind) as archive:
         for name, content in members:
             archive.writestr(name, content)
     return buffer.getvalue()
+
+
+def damage_layout(data: bytes, rng: Rng) -> bytes:
+    """Damage the JSON in an index that says what foreign members mean."""
+    members = dict(read_zip(data))
+    text = str(np.load(io.BytesIO(members["layout.npy"]))[0])
+    damaged = damage_json(text.encode(), rng).decode("utf-8", "replace").rstrip("\0")
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([damaged]))
+    return write_zip(list({**members, "layout.npy": buffer.getvalue()}.items()))
+
+
+def damage_place(path: Path, rng: Rng, marker: Path) -> None:
+    """Damage a file where it lies: what it holds, how long it is, or what it is."""
+    data, what = path.read_bytes(), rng.random()
+    if what < 0.6:
+        path.write_bytes(
+            damage_zip(data, rng, marker) if path.suffix == ".npz" else
+            damage_json(data, rng) if path.suffix == ".json" else damage(data, rng)
+        )  # fmt: skip
+    elif what < 0.7:
+        path.write_bytes(bytes(len(data)))
+    elif what < 0.8:
+        with path.open("r+b") as file:
+            file.truncate(int(pick(rng, (0, 1, len(data) // 2, len(data) + 8, 2**33))))
+    else:
+        path.unlink()
+        if what < 0.85:
+            path.mkdir()
+        elif what < 0.9:
+            path.symlink_to(path.name)  # itself
+        elif what < 0.95:
+            path.symlink_to("/dev/null")
 
 
 def _damage_array(array: np.ndarray, rng: Rng) -> np.ndarray:

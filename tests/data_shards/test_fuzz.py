@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -17,24 +18,28 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+from mutate import write_tar
 from PIL import Image
 from pydicom.data import get_testdata_file
 from test_triplet import make, values
 from toy import make_case, save_nifti
 from toy_dicom import make_rtstruct, make_seg, make_series, save, toy_array, write_enhanced, write_series
 
+from data_shards.dataset import ShardDataset
+from data_shards.layout import Layout
 from data_shards.readers import Ground, read_drawing, read_volume
 from data_shards.scan import write_index
 from data_shards.triplet import Triplet
 from data_shards.verify import verify
 from data_shards.writer import ShardWriter
 
-SHARES = {"shard": 0.4, "index": 0.15, "manifest": 0.1, "dicom": 0.2, "files": 0.15}
-TOTAL = int(os.environ.get("SAM_TRAINER_FUZZ", "4000"))
+SHARES = {"shard": 0.2, "index": 0.2, "foreign": 0.2, "cache": 0.12, "manifest": 0.08, "dicom": 0.12, "files": 0.08}
+TOTAL = int(os.environ.get("SAM_TRAINER_FUZZ", "1000"))
 _MOST_DEATHS = 20
 
 
@@ -47,6 +52,7 @@ def plant(folder: Path) -> None:
 
 def _plant(folder: Path) -> None:
     _plant_corpus(folder / "corpus")
+    _plant_foreign(folder / "foreign")
     for name in ("dicom", "files", "ground"):
         (folder / name).mkdir()
     _plant_dicom(folder)
@@ -92,6 +98,62 @@ def _plant_corpus(folder: Path) -> None:
         "splits": splits,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+
+
+def _plant_foreign(folder: Path) -> None:
+    """Tars as others write them: a mask and a text, run lengths, values of masks, a term in a JSON."""
+    rng = np.random.default_rng(3)
+    ends: dict[str, tuple[str, ...]] = {
+        "texts": ("jpg", "mask.png", "txt"),
+        "runs": ("jpg", "json"),
+        "values": ("png", "seg.npy", "liver.png"),
+        "captions": ("npy", "mask.png", "json"),
+    }
+    given: dict[str, dict[str, Any]] = {
+        "texts": {"patient": "^(P[0-9])_"},
+        "runs": {"term": "object"},
+        "values": {"image": ("png",), "masks": ("seg.npy", "liver.png"), "terms": {1: "spleen", 2: "", 3: "cyst"}},
+        "captions": {"json": "json", "json_term": "caption", "instances": True},
+    }
+    given["values"]["mask_terms"] = {"liver.png": "liver"}
+    for name, extensions in ends.items():
+        (folder / name).mkdir(parents=True)
+        for shard in range(2):
+            members = [
+                (f"P{shard}_{number}.{end}", _foreign_member(name, end, rng))
+                for number in range(3)
+                for end in extensions
+            ]
+            (folder / name / f"{name}-{shard}.tar").write_bytes(write_tar(members))
+        write_index(folder / name, Layout.detect(extensions, {"dataset": name, **given[name]}))
+
+
+def _foreign_member(name: str, end: str, rng: np.random.Generator) -> bytes:
+    height, width = 24, 20
+    labels = np.zeros((height, width), np.uint8)
+    for value in (1, 2, 3):
+        row, column = rng.integers(0, 16, 2)
+        labels[row : row + 5, column : column + 4] = value
+    buffer = io.BytesIO()
+    if end in ("jpg", "png"):
+        picture = rng.integers(0, 255, (height, width, *((3,) if end == "jpg" else ()))).astype(np.uint8)
+        Image.fromarray(picture).save(buffer, "JPEG" if end == "jpg" else "PNG", progressive=name == "runs")
+    elif end == "npy":
+        np.save(buffer, rng.integers(-1000, 1000, (height, width)).astype(np.int16))
+    elif end == "seg.npy":
+        np.save(buffer, labels.astype(np.int32))
+    elif end.endswith("png"):
+        Image.fromarray(labels if name == "captions" else (labels > 0).astype(np.uint8) * 255).save(buffer, "PNG")
+    elif end == "txt":
+        return b"polyp\n"
+    elif name == "captions":
+        return json.dumps({"caption": "cell nucleus", "url": "x"}).encode()
+    else:
+        whole = {"size": [height, width], "counts": [100, 20, 200, 60, 100]}
+        part = {"size": [height, width], "counts": [0, 10, height * width - 10]}
+        found = [{"segmentation": part, "area": 10, "bbox": [0, 0, 1, 10]}, {"segmentation": whole}]
+        return json.dumps({"image": {"height": height, "width": width}, "annotations": found}).encode()
+    return buffer.getvalue()
 
 
 def _plant_dicom(folder: Path) -> None:
@@ -226,6 +288,9 @@ def test_the_sound_files_are_read(seeds: Path) -> None:
         "sample 'toy-7': its previous slice 'toy-6' is not in this split"
     ]
     assert problems[1:] == ["patient p is in splits test, train: split by patient"]
+    for folder in sorted((seeds / "foreign").iterdir()):
+        assert verify(folder).problems == [] and len(ShardDataset(folder)) == 6
+        assert all(triplet.targets for triplet in ShardDataset(folder))
     ground = seeds / "ground" / "series"
     for path in sorted([*(seeds / "dicom").iterdir(), *(seeds / "files").iterdir()]):
         if path.suffix in (".raw", ".zraw", ".gz") and not path.name.endswith(".nii.gz"):

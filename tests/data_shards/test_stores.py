@@ -235,8 +235,8 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert default_cache() == Path("/xdg/sam-trainer")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/me")
-    assert default_cache() == Path("/home/me/.cache/sam-trainer")
+    monkeypatch.setenv("HOME", "/users/me")
+    assert default_cache() == Path("/users/me/.cache/sam-trainer")
 
 
 @pytest.mark.parametrize("limit", [-1, float("nan")])

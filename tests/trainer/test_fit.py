@@ -25,6 +25,7 @@ from data_shards.datamodule import TripletDataModule
 from data_shards.dataset import ShardDataset
 from trainer.modules.medsam import per_image_mean
 from trainer.prompts import BoxPrompts
+from trainer.report.traces import read_order
 from trainer.restore import restore
 from trainer.run import Run, read_json
 from trainer.scores import read_scores
@@ -283,8 +284,9 @@ def test_ctrl_c_says_how_to_go_on(tiny_recipe, trainer_process, trainer_command,
     [
         ("model.init_args.lr", 1e-5),
         ("model.init_args.tuning.init_args.layer_decay", 0.5),
-        ("data.init_args.micro_batch_size", 1),
         ("data.init_args.batch_size", 2),
+        ("data.init_args.kinds", "semantic"),
+        ("data.init_args.only_with_targets", "true"),
         ("seed_everything", 7),
     ],
 )
@@ -297,6 +299,64 @@ def test_a_training_does_not_go_on_with_another_recipe(key, value, tiny_run, tin
     assert (code, err.count("\n")) == (2, 1), err
     assert f"cannot go on with another {key}" in err
     assert (tmp_path / "run/recipe.yaml").read_text() == recorded
+
+
+def test_a_training_does_not_go_on_with_other_weights_of_its_data(tiny_run, tiny_recipe, trainer_command, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    weights = ("-c", "recipes/overlays/balanced.yaml", "--trainer.default_root_dir", tmp_path / "run")
+    code, _, err = trainer_command("fit", "-c", tiny_recipe, *weights, "--trainer.max_steps", 5, "--ckpt_path", "last")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "cannot resume: the samples were chosen or weighted in another way; set it back" in err
+
+
+def test_a_run_goes_on_with_other_micro_batches(tiny_run, tiny_recipe, trainer_command, tmp_path):
+    """Other samples at once, and no other steps: the whole run's are the same as with the old ones."""
+    small = ("fit", "-c", tiny_recipe, "--trainer.max_steps", 7)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert trainer_command(*small, "--trainer.default_root_dir", whole)[0] == 0
+    shutil.copytree(tiny_run, parts)
+    cut = ("--data.init_args.micro_batch_size", 1, "--trainer.default_root_dir", parts)
+    code, out, err = trainer_command(*small, *cut, "--ckpt_path", "last")
+    assert code == 0, err
+    assert "step 4" in out
+    orders = [read_order(root) for root in (whole, parts)]
+    assert orders[0] == orders[1] and len(orders[0]) == 7
+    counted = [torch.load(root / "checkpoints/last.ckpt", weights_only=True) for root in (whole, parts)]
+    assert [content["global_step"] for content in counted] == [7, 7]
+    rows = [row for file in parts.glob("logs/version_*/metrics.csv") for row in csv.DictReader(file.open())]
+    assert {int(row["step"]) for row in rows if row.get("train/loss")} >= set(range(7)), "logged at every step"
+
+
+def test_damaged_samples_are_left_out_where_the_recipe_says_so(tiny_recipe, tiny_shards, trainer_command, tmp_path):
+    copy = Path(shutil.copytree(tiny_shards, tmp_path / "copy"))
+    names = {}
+    for split, numbers in (("train", (3, 5)), ("test", (2,))):
+        index = ShardDataset(copy / split).index
+        path = copy / split / str(index.shard_names[0])
+        data = bytearray(path.read_bytes())
+        for number in numbers:
+            data[index.members(number)["image.png"][0] + 60] ^= 0xFF
+        path.write_bytes(data)
+        names[split] = {index.key(number) for number in numbers}
+    folders = [option for split in names for option in (f"--data.init_args.{split}", copy / split)]
+    small = ("-c", tiny_recipe, *folders, "-c", "recipes/overlays/skip_damaged.yaml", "--trainer.max_steps", 3)
+    for micro in (2, 1):  # one at a time, a batch can be empty
+        run = tmp_path / f"run{micro}"
+        more = ("--trainer.default_root_dir", run, "--data.init_args.micro_batch_size", micro)
+        code, out, err = trainer_command("fit", *small, *more)
+        assert code == 0, err
+        assert f"2 damaged samples were skipped: {run}/skipped.csv names them" in err
+        with (run / "skipped.csv").open() as handle:
+            rows = list(csv.DictReader(handle))
+        assert {row["key"] for row in rows} == names["train"]
+        assert all("its bytes changed since the build" in row["reason"] for row in rows)
+        seen = [key for keys in read_order(run).values() for key in keys]
+        assert len(seen) == len(set(seen)) == 10 and not names["train"] & set(seen)
+        code, out, err = trainer_command("test", *small, *more)
+        assert code == 0, err
+        assert "1 damaged sample was not scored" in out
+        evaluation = read_json(run / "evaluation/untouched/evaluation.json")
+        assert set(evaluation["skipped"]) == names["test"] and evaluation["targets"] == 5
 
 
 def test_the_recipe_of_a_resumed_run_names_no_checkpoint(tiny_run, tiny_recipe, trainer_command, tmp_path):

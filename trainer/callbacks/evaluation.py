@@ -77,7 +77,8 @@ class EvaluationRecord(Callback):
         described = describe_evaluation(trainer, pl_module, name, scores)
         write_json(folder / "evaluation.json", {**described, "skipped": skipped})
         if skipped:
-            print(f"{len(skipped)} damaged samples were not scored: {folder / 'evaluation.json'} names them")
+            were = "sample was" if len(skipped) == 1 else "samples were"
+            print(f"{len(skipped)} damaged {were} not scored: {folder / 'evaluation.json'} names them")
         if kept:
             columns = {column: [item[column] for item in kept] for column in kept[0]}
             save_panels(folder / "panels.npz", **columns)

@@ -80,7 +80,8 @@ class SampleTrace(Callback):
         count = sum(every_rank(self._count))
         if count and trainer.is_global_zero:
             files = self._skipped.with_stem("skipped*") if trainer.world_size > 1 else self._skipped
-            print(f"{count} damaged samples were skipped: {files} names them", file=sys.stderr, flush=True)
+            were = "sample was" if count == 1 else "samples were"
+            print(f"{count} damaged {were} skipped: {files} names them", file=sys.stderr, flush=True)
 
 
 def _append(path: Path, row: Sequence[Any]) -> None:
