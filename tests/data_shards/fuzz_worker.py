@@ -257,7 +257,7 @@ def cache(seeds: Path, work: Path, rng: Rng) -> None:
     if what > 0.5:
         path = mutate.pick(rng, sorted(folder.glob("*.tar")))
         path.write_bytes(mutate.damage_shard(path, rng, seeds / "marker"))
-    if what > 0.85:
+    if what > 0.75:
         path = folder / INDEX_NAME
         path.write_bytes(mutate.damage_zip(path.read_bytes(), rng, seeds / "marker"))
         truth = None

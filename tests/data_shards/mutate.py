@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import pickle
 import re
 import struct
@@ -267,8 +268,6 @@ class Bomb:
         self.marker = str(marker)
 
     def __reduce__(self) -> tuple:
-        import os
-
         return (os.mkdir, (self.marker,))
 
 
@@ -364,9 +363,12 @@ def damage_shard(path: Path, rng: Rng, marker: Path) -> bytes:
         members[number] = (pick(rng, names), content)
         if rng.random() < 0.5:
             members.insert(number, pick(rng, members))
-    elif what < 0.5:
+    elif what < 0.48:
         other = int(rng.integers(len(members)))
         members[number], members[other] = members[other], members[number]
+    elif what < 0.52:  # what belongs to another sample
+        alike = [other for other, _ in members if other.partition(".")[2] == name.partition(".")[2]]
+        members[number] = (name, dict(members)[pick(rng, alike)])
     elif what < 0.55:
         del members[number]
     elif what < 0.6:
@@ -488,8 +490,10 @@ def damage_place(path: Path, rng: Rng, marker: Path) -> None:
             path.mkdir()
         elif what < 0.9:
             path.symlink_to(path.name)  # itself
-        elif what < 0.95:
+        elif what < 0.93:
             path.symlink_to("/dev/null")
+        elif what < 0.96:
+            os.mkfifo(path)
 
 
 def _damage_array(array: np.ndarray, rng: Rng) -> np.ndarray:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -87,8 +92,29 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.global_step != self._saved_step and not trainer.fast_dev_run:
             assert self.dirpath is not None
             trainer.strategy.barrier("trace")  # every rank has written down what it saw before it counts as saved
-            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", weights_only=False)  # the optimiser too
+            with _uninterrupted():
+                trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", weights_only=False)  # the optimiser too
             self._saved_step = trainer.global_step
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block.
+
+    A file system's object that is closed in mid-write would swallow it, and the training would go on unasked.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    pending: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pending:
+        before(*pending[0])
 
 
 def settle(checkpoint: dict[str, Any], datamodule: TripletDataModule, ranks: int) -> None:
