@@ -32,7 +32,12 @@ class OneAhead(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         """Yield the items; what the iterator raises is raised here."""
         while True:
-            item, error = self._ready.get()
+            try:
+                item, error = self._ready.get(timeout=_POLL)
+            except queue.Empty:
+                if self._stopped.is_set():  # ending quietly would pass for the end of the items
+                    raise RuntimeError("this iteration was left: what it iterates was closed or begun anew") from None
+                continue
             if isinstance(error, StopIteration):
                 return
             if error is not None:

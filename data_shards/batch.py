@@ -113,7 +113,7 @@ class TripletBatch:
         # images and masks travel in one block, and what is small as plain arrays.
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         tensors = [*values.pop("images"), *values.pop("masks")]
-        small = {name: value.numpy() for name, value in values.items() if isinstance(value, Tensor)}
+        small = {name: value.detach().cpu().numpy() for name, value in values.items() if isinstance(value, Tensor)}
         return _unpack, (*_pack(tensors), len(self.images), {**values, **small}, tuple(small))
 
     def _replace(self, images: list[Tensor], masks: list[Tensor]) -> TripletBatch:

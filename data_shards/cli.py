@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from data_shards import __version__, reindex, stats
-from data_shards.errors import CommandParser, UserError, nearest, run_command
+from data_shards.errors import CommandParser, UserError, counted, nearest, run_command
 from data_shards.lint import command as lint_command
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def _verify(values: argparse.Namespace) -> int:
     if len(result.problems) > _MOST_PROBLEMS:
         print(f"data-shards: … and {len(result.problems) - _MOST_PROBLEMS:,} more", file=sys.stderr)
     if result.problems:
-        print(f"{len(result.problems)} problems in {result.summary()}")
+        print(f"{counted(len(result.problems), 'problem')} in {result.summary()}")
         return 2
     print(f"OK: {result.summary()}")
     return 0

@@ -21,9 +21,9 @@ def split_folders(folder: str | Path) -> dict[str, Path]:
     folder of shards even if it has no index.
 
     Raises:
-        UserError: There is nothing of a corpus, its manifest is damaged, or the folder is written as a URL.
+        UserError: There is nothing of a corpus, its manifest is damaged, or `folder` is no folder of this machine.
     """
-    folder = local_folder(folder)
+    folder = existing_folder(folder)
     if (folder / INDEX_NAME).is_file():
         return {folder.name: folder}
     content = manifests.read(folder)
@@ -37,6 +37,25 @@ def split_folders(folder: str | Path) -> dict[str, Path]:
             f"{folder}: no corpus here ({manifests.MANIFEST_NAME} or {INDEX_NAME}): run `data-shards build`"
         )
     return {path.name: path for path in sorted(found)}
+
+
+def existing_folder(folder: str | Path) -> Path:
+    """Return the path of a folder of this machine, in which a corpus may lie.
+
+    Raises:
+        UserError: It is written as a URL or a command, does not exist, or is a file.
+    """
+    try:
+        found = local_folder(folder)
+    except UserError:
+        raise UserError(
+            f"{folder}: this command reads folders of this machine: its shards are read from folders only; nothing is "
+            "fetched or run: copy the shards here first (trainings do read URLs)"
+        ) from None
+    if not found.is_dir():
+        what = "is a file" if found.exists() else "no such folder"
+        raise UserError(f"{found}: {what}: name the folder of a corpus, or of .tar files")
+    return found
 
 
 def existing(out: Path, overwrite: bool) -> dict[str, Any] | None:

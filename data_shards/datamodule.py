@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +15,12 @@ from data_shards.batch import TripletBatch
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
 from data_shards.index import Index
-from data_shards.loader import TripletLoader
+from data_shards.loader import TripletLoader, check_state
 from data_shards.order import EpochOrder, Sampling, make_order
 from data_shards.sampler import EvenSampler, GlobalOrderSampler
 from data_shards.seed import run_seed
 from data_shards.splits import EXTERNAL
+from data_shards.stores.urls import as_url
 from data_shards.views import ClipView, Kinds, OnDamage, SampleView, clip_starts, with_target
 
 
@@ -109,10 +112,12 @@ class TripletDataModule(LightningDataModule):
         if stage == "fit" and self.trainer is not None:
             if self.trainer.accumulate_grad_batches != 1:
                 raise UserError("trainer.accumulate_grad_batches follows from data.init_args.batch_size: set that")
-            if self.folders["test"] is not None and not Path(self.folders["test"]).is_dir():
-                raise UserError(f"data.init_args.test: there is no folder {self.folders['test']}; null goes without")
+            test = self.folders["test"]
+            if test is not None and as_url(test) is None and not Path(test).is_dir():
+                raise UserError(f"data.init_args.test: there is no folder {test}; null goes without")
             self._train_sampler()  # batches that do not divide are refused before anything is written
             self.trainer.accumulate_grad_batches = self.accumulation(self.trainer.world_size)
+            self._check_limit()
             if "val" not in self.shards:
                 self.trainer.limit_val_batches = 0  # otherwise Lightning wonders about an empty loader
 
@@ -122,8 +127,13 @@ class TripletDataModule(LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in one epoch."""
-        return len(self._train_order()) // self.batch_size
+        """Optimiser steps in one epoch, as `limit_train_batches` leaves them."""
+        steps = len(self._train_order()) // self.batch_size
+        if self.trainer is None:
+            return steps
+        passes, limit = self.accumulation(self.trainer.world_size), self.trainer.limit_train_batches
+        batches = min(steps * passes, limit) if isinstance(limit, int) else int(steps * passes * limit)
+        return batches // passes
 
     def without_targets(self, split: str) -> int:
         """Number of samples of an opened split that are used and have no target of the kinds that are."""
@@ -140,7 +150,10 @@ class TripletDataModule(LightningDataModule):
             view: SampleView = ClipView(shards, *clips, *draw, self.negatives_per_image, self.on_damage)
         else:
             view = SampleView(shards, *draw, self.kinds, self.negatives_per_image, self.on_damage)
-        return self._loader(view, self._train_sampler(), shards.index.sha256)
+        self.teardown("fit")  # where the training's loader is made anew, the old one's workers end
+        loader = self._loader(view, self._train_sampler(), shards.index.sha256)
+        loader.steps_per_epoch = self.steps_per_epoch
+        return loader
 
     def val_dataloader(self) -> TripletLoader | list[TripletLoader]:
         """Loader over the validation split, in order; none where there is no such split."""
@@ -172,10 +185,37 @@ class TripletDataModule(LightningDataModule):
         order = self._train_order()
         return GlobalOrderSampler(order, self.batch_size, self.micro_batch_size, rank, world, self.seed)
 
+    def _check_limit(self) -> None:
+        """Refuse an epoch that ends in the middle of a step, or that Lightning would order itself."""
+        limit, passes = self.trainer.limit_train_batches, self.accumulation(self.trainer.world_size)
+        if self.trainer.overfit_batches:
+            raise UserError("trainer.overfit_batches is not supported: take trainer.limit_train_batches and max_epochs")
+        whole = len(self._train_order()) // self.batch_size * passes
+        batches = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
+        if batches % passes and not self.trainer.fast_dev_run:
+            raise UserError(
+                f"trainer.limit_train_batches {limit}: {batches} batches are no whole steps of {passes}: "
+                f"choose a multiple of {passes}"
+            )
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Check that the state of a train loader was made with this order of these samples.
+
+        Raises:
+            UserError: It was not.
+        """
+        check_state(state, self.shards["train"].index.sha256, self.seed, self._train_order().name)
+        steps = state.get("steps_per_epoch", self.steps_per_epoch)
+        if steps != self.steps_per_epoch:
+            raise UserError(
+                f"cannot resume: an epoch had {steps} steps, now {self.steps_per_epoch}: set "
+                "trainer.limit_train_batches back"
+            )
+
     def _train_order(self) -> EpochOrder:
         index = self.shards["train"].index
         if self._order is None or self._order[0] is not index:
-            self._order = (index, make_order(index, self._eligible(), self.sampling))
+            self._order = (index, make_order(index, self._eligible(), self.sampling, self.batch_size))
         return self._order[1]
 
     def _eligible(self) -> np.ndarray | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from data_shards import foreign
 from data_shards.errors import DamageError, UserError
 from data_shards.index import Index
-from data_shards.stores import open_store
+from data_shards.stores import LocalStore, open_store
 from data_shards.triplet import Triplet
 
 _MAX_GAP = 2**16
@@ -43,7 +43,13 @@ class ShardDataset:
     ) -> None:
         self._store = open_store(folder, cache, cache_gb)
         self.root = self._store.root
-        self.index = Index.load(self._store.index_path().parent, check=False)
+        path = self._store.index_path()
+        try:
+            self.index = Index.load(path.parent, check=False)
+        except UserError as error:
+            if isinstance(self._store, LocalStore):
+                raise
+            raise UserError(f"{self.root}: its {path.name} is refused ({error}): put a sound one there") from error
         self.folder = self.index.folder
         layout = str(self.index.layout[0])
         try:

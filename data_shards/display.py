@@ -48,6 +48,20 @@ def check_png(path: str | Path) -> None:
         raise UserError(f"--png {path}: a PNG is drawn: give it a name that ends in .png")
 
 
+def check_place(option: str, path: str | Path | None) -> None:
+    """Refuse a place at which no file can be: an hour of work shall not end with a folder that does not exist.
+
+    Args:
+        option: The option of the command that names the file.
+        path: The file; None if it was not asked for.
+
+    Raises:
+        UserError: Its folder does not exist, or it is a folder.
+    """
+    if path is not None and (not Path(path).resolve().parent.is_dir() or Path(path).is_dir()):
+        raise UserError(f"{option} {path}: cannot be written there: name a file in a folder that exists")
+
+
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, at 110 pixels per inch.
 

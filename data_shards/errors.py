@@ -66,6 +66,11 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, as ``1 sample`` or ``2,000 samples``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def run_command(main: Callable[[], int | None], name: str) -> int:
     """Run a command's body and turn its `UserError` into one line on stderr.
 

@@ -81,7 +81,10 @@ def _of_masks(layout: Layout, members: Mapping[str, bytes], size: tuple[int, int
         labels = decode_labels(extension, _member(members, extension, "mask"))
         if labels.shape != size:
             (rows, columns), (height, width) = labels.shape, size
-            raise UserError(f"its {extension} has {rows} x {columns} pixels, its image {height} x {width}")
+            raise UserError(
+                f"its {extension} has {rows} x {columns} pixels, its image {height} x {width}: resize the mask without "
+                "blending its values, or leave the sample out"
+            )
         try:
             for term, inside in _wholes(layout, layout.mask_terms.get(extension) or default, labels):
                 before = wholes.setdefault(term, None)
@@ -100,7 +103,9 @@ def _wholes(layout: Layout, term: str, labels: np.ndarray) -> Iterator[tuple[str
     """Yield each term of a label map (H, W) and where it is (H, W) bool, None for nowhere."""
     if term:
         if labels.dtype.kind == "i" and labels.min() < 0:
-            raise UserError(f"has negative values, as {labels.min()}: say what they mean with --terms")
+            raise UserError(
+                f"has negative values, as {labels.min()}: say what they mean, as --terms={labels.min()}=TERM"
+            )
         yield term, labels != 0 if labels.any() else None
         return
     small = labels.dtype.kind in "bu" and labels.dtype.itemsize <= 2  # counting is several times faster than sorting
@@ -108,7 +113,7 @@ def _wholes(layout: Layout, term: str, labels: np.ndarray) -> Iterator[tuple[str
     unknown = [int(value) for value in values if value and value not in layout.terms]
     if unknown:
         listed = ", ".join(map(str, unknown[:5])) + (" and more" if len(unknown) > 5 else "")
-        hint = f"add --terms {unknown[0]}=TERM, or {unknown[0]}= to leave it out"
+        hint = f"add --terms={unknown[0]}=TERM, or --terms={unknown[0]}= to leave it out"
         raise UserError(f"has the values {listed}, which no term has: {hint}")
     for value, name in layout.terms.items():
         if name:
@@ -161,9 +166,14 @@ def _of_annotations(layout: Layout, members: Mapping[str, bytes], size: tuple[in
 def _spans(segmentation: Any, size: tuple[int, int], place: str) -> tuple[np.ndarray, np.ndarray]:
     """Return where the pixels inside of an annotation begin and end, (R,) and (R,), counted down the columns."""
     if not isinstance(segmentation, dict):
-        raise UserError(f"{place} has no run lengths as its 'segmentation'; polygons are not read")
+        raise UserError(
+            f"{place} has no run lengths as its 'segmentation'; polygons are not read: store what pycocotools' "
+            "`annToRLE` makes of them"
+        )
     if segmentation.get("size") != list(size):
-        raise UserError(f"{place} has the size {show(segmentation.get('size'))}, its image {list(size)}")
+        raise UserError(
+            f"{place} has the size {show(segmentation.get('size'))}, its image {list(size)} (height, width): correct it"
+        )
     counts = segmentation.get("counts")
     runs = runs_of(counts, size) if isinstance(counts, str | list) else None
     if runs is None:
@@ -240,7 +250,10 @@ def _provenance(layout: Layout, key: str, image: bytes) -> Provenance:
     if layout.patient is not None:
         match = compile_pattern(layout.patient).search(key)
         if match is None or not match[1]:
-            raise UserError(f"the pattern of --patient, {show(layout.patient)}, finds no patient in its key")
+            raise UserError(
+                f"the pattern of --patient, {show(layout.patient)}, finds no patient in its key: give one whose first "
+                "group fits in every key, or leave --patient out"
+            )
         patient = hashed("patient", match[1])
     return Provenance(
         dataset=layout.dataset,

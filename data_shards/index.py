@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, nearest
 from data_shards.index_file import ARRAYS, INDEX_VERSION, MAX_INDEX, read_arrays, write_arrays
 from data_shards.stores.base import INDEX_NAME
 from data_shards.stores.local import LocalStore
@@ -160,12 +160,14 @@ class Index:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_INDEX:
                 raise UserError(f"{path}: not a file of at most {MAX_INDEX} bytes: copy or build the shards again")
-        except OSError:
-            raise UserError(f"{folder}: no {INDEX_NAME} here: {_how_to_make(folder)}") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(_where_it_is(folder)) from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}): change the rights") from error
         try:
             arrays, sha256 = read_arrays(path)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): {_how_to_make(folder)}") from error
+            raise UserError(f"{path}: cannot be read ({error.strerror}): change the rights") from error
         except Exception as error:  # whatever damaged bytes make zipfile and NumPy raise
             how = "copy or build the shards again, or run `data-shards index`"
             raise UserError(f"{path}: damaged index ({error}): {how}") from error
@@ -191,8 +193,17 @@ def _reopen(folder: Path, sha256: str) -> Index:
     return index
 
 
+def _where_it_is(folder: Path) -> str:
+    """Say that there is no index, where one may be, and how to get one."""
+    if not folder.exists():
+        near = [path.name for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
+        return f"{folder}: no {INDEX_NAME} here: there is no such folder{nearest(folder.name, near)}"
+    if not folder.is_dir():
+        return f"{folder}: is a file: name the folder of a split, such as shards/train"
+    return f"{folder}: no {INDEX_NAME} here: {_how_to_make(folder)}"
+
+
 def _how_to_make(folder: Path) -> str:
-    """Say where an index may be, or how to get one."""
     splits = sorted(path.parent.name for path in folder.glob(f"*/{INDEX_NAME}"))
     if splits:
         return f"build the shards with `data-shards build`, or name one of its splits: {', '.join(splits)}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,6 @@ from data_shards.sampler import EvenSampler, GlobalOrderSampler
 from data_shards.views import SampleView
 
 __all__ = ["SampleView", "TripletLoader"]
-
-_FEWEST_DAMAGED = 10
-"""Damaged samples that never end an epoch, where damage is skipped at all."""
 
 
 class TripletLoader:
@@ -54,6 +52,8 @@ class TripletLoader:
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
         )
+        self.steps_per_epoch: int | None = None
+        """Steps after which an epoch ends, where it is known; a resumed run needs the same."""
         self.waited = 0.0
         """Seconds for which batches were waited for, over all epochs."""
         self._ahead: OneAhead[TripletBatch] | None = None
@@ -125,6 +125,7 @@ class TripletLoader:
             "samples": self._yielded * self.sampler.stride,
             "seed": self.sampler.seed,
             "order": self.sampler.order.name,
+            "steps_per_epoch": self.steps_per_epoch,
             "data_hash": self.data_hash,
         }
 
@@ -136,24 +137,16 @@ class TripletLoader:
         """
         if not isinstance(self.sampler, GlobalOrderSampler):
             return
-        if state["data_hash"] != self.data_hash:
-            raise UserError(
-                f"cannot resume: the checkpoint was made on other training shards (index {state['data_hash'][:12]}, "
-                f"now {self.data_hash[:12]}); restore them, or start a new run in another default_root_dir"
-            )
-        if state["seed"] != self.sampler.seed:
-            raise UserError(f"cannot resume: data seed was {state['seed']}, now {self.sampler.seed}; set it back")
-        if state.get("order", "") != self.sampler.order.name:
-            raise UserError("cannot resume: the samples were chosen or weighted in another way; set it back")
+        check_state(state, self.data_hash, self.sampler.seed, self.sampler.order.name)
         self._resume = dict(state)
 
     def _check_damage(self, damaged: int, reason: str) -> None:
         """Stop before a run learns from what happens to be left of its data."""
-        share = self.sampler.micro_batch * len(self.sampler) * self.max_damaged
-        if damaged > max(_FEWEST_DAMAGED, share):
+        if damaged > math.ceil(self.sampler.micro_batch * len(self.sampler) * self.max_damaged):
+            were = "sample" if damaged == 1 else "samples"
             raise UserError(
-                f"{damaged} damaged samples in one epoch on one rank are more than data.init_args.max_damaged "
-                f"({self.max_damaged:g}) allows; the last one: {reason}"
+                f"{damaged} damaged {were} in one epoch on one rank: data.init_args.max_damaged ({self.max_damaged:g}) "
+                f"allows fewer; the last one: {reason}"
             )
 
     def _samples_seen(self) -> int:
@@ -169,3 +162,29 @@ class TripletLoader:
                 "reach; choose micro_batch_size so that it × ranks divides the old one's"
             )
         return 0 if samples >= len(self) * self.sampler.stride else samples
+
+
+def check_state(state: Mapping[str, Any], data_hash: str, seed: int, order: str) -> None:
+    """Check that a loader's state goes with an order of samples.
+
+    Args:
+        state: The state.
+        data_hash: Hash of the index of the samples.
+        seed: Seed of the order.
+        order: Its name.
+
+    Raises:
+        UserError: It was made with other data, another seed or another order: the samples would not be the same.
+    """
+    if state["data_hash"] != data_hash:
+        raise UserError(
+            f"cannot resume: the checkpoint was made on other training shards (index {state['data_hash'][:12]}, "
+            f"now {data_hash[:12]}); restore them, or start a new run in another default_root_dir"
+        )
+    if state["seed"] != seed:
+        raise UserError(f"cannot resume: data seed was {state['seed']}, now {seed}; set it back")
+    if state.get("order", "") != order:
+        raise UserError(
+            "cannot resume: the samples were chosen or weighted in another way; set data.init_args (sampling, kinds, "
+            "only_with_targets, clip_length, clip_step, batch_size) back"
+        )

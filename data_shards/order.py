@@ -78,6 +78,8 @@ class Sampling:
         total = sum(raw.values())
         if not total:
             raise UserError("sampling.weights: all are 0: nothing would be seen")
+        if total == math.inf:
+            raise UserError("sampling.weights: they add up to infinity: give smaller ones")
         return {name: value / total for name, value in raw.items()}
 
 
@@ -116,13 +118,16 @@ class EpochOrder:
         return positions[order], repeats[order]
 
 
-def make_order(index: Index, eligible: np.ndarray | None = None, sampling: Sampling | None = None) -> EpochOrder:
+def make_order(
+    index: Index, eligible: np.ndarray | None = None, sampling: Sampling | None = None, batch: int = 1
+) -> EpochOrder:
     """Return the order over the samples of an index.
 
     Args:
         index: The index.
         eligible: (N,) bool, the samples that take part; all if null.
         sampling: How often each group is seen; each sample once if null.
+        batch: A weighted epoch is cut to a multiple of it: samples that were drawn and not used would count as seen.
 
     Raises:
         UserError: The sampling does not fit the data.
@@ -139,9 +144,9 @@ def make_order(index: Index, eligible: np.ndarray | None = None, sampling: Sampl
     mine = numbers[positions]
     groups = {str(table[number]): positions[mine == number] for number in np.unique(mine)}
     shares = sampling.shares({group: len(places) for group, places in groups.items()})
-    count = len(positions) if sampling.samples is None else sampling.samples
+    count = (len(positions) if sampling.samples is None else sampling.samples) // batch * batch
     quotas = _rounded([shares[group] * count for group in groups], count)
-    name += json.dumps(asdict(sampling), sort_keys=True)
+    name += json.dumps({**asdict(sampling), "batch": batch}, sort_keys=True)
     return EpochOrder(count, positions, tuple(groups.values()), tuple(quotas), name)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_shards.errors import CommandParser, UserError
+from data_shards.errors import CommandParser, UserError, counted
 
 if TYPE_CHECKING:
     from data_shards.index import Index
@@ -59,7 +59,10 @@ def add_arguments(parser: CommandParser) -> None:
     group.add_argument("--json-term", metavar="KEY", help="key of the term in an annotation, or in the JSON itself")
     group.add_argument("--term", metavar="TEXT", help="the term of the masks, where no text says another")
     group.add_argument(
-        "--terms", metavar="VALUE=TERM,…", action="append", help="terms of the values of a mask; VALUE= leaves one out"
+        "--terms",
+        metavar="VALUE=TERM,…",
+        action="append",
+        help="terms of the values of a mask; VALUE= leaves one out; begin with a minus as --terms=-1=TERM",
     )
     group.add_argument(
         "--instances", action="store_true", default=None, help="each value of a mask, or annotation, is one of many"
@@ -77,13 +80,12 @@ def run(values: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from data_shards.corpus import split_folders
-    from data_shards.index import local_folder
+    from data_shards.corpus import existing_folder, split_folders
 
     given = _given(values)
-    folder = local_folder(values.dir)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: name one with .tar files, or a corpus")
+    folder = existing_folder(values.dir)
+    if not any(any(folder.glob(pattern)) for pattern in ("*.tar", "*/*.tar")):
+        raise UserError(f"{folder}: no .tar file here, nor one folder below: name the folder of the shards")
     console = Console(markup=False, emoji=False, highlight=False)
     results = []
     for path in split_folders(folder).values():
@@ -236,7 +238,8 @@ def _changes(before: Index | None, index: Index) -> list[str]:
     for what, names in kinds.items():
         if names:
             listed = ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES:,} more" * (len(names) > 5))
-            lines.append(f"{len(names):,} of {len(new):,} shards {what} since the last index: {listed}")
+            total = counted(len(old if what == "gone" else new), "shard")
+            lines.append(f"{len(names):,} of {total} {what} since the last index: {listed}")
     return lines
 
 

@@ -70,7 +70,7 @@ class _Table:
     def __init__(self, layout: Layout | None) -> None:
         self.shards: list[tuple[str, int, str]] = []
         self._layout = layout
-        self._keys: list[bytes] = []
+        self._places: dict[bytes, int] = {}
         self._columns: dict[str, array[Any]] = {
             name: array("d" if kind.startswith("float") else "q")
             for name, (kind, length) in ARRAYS.items()
@@ -95,9 +95,14 @@ class _Table:
         except UserError as error:
             place = f"{path}: sample '{key}' " if self._layout is None else f"{path}: "  # `decode` names the sample
             raise UserError(f"{place}{error}") from error
+        raw = key.encode("ascii")
+        if raw in self._places:
+            other = self._columns["shard"][self._places[raw]]
+            name = self.shards[other][0] if other < len(self.shards) else path.name
+            raise UserError(f"{path}: sample '{key}' is in {name} too: rename one, or move one shard elsewhere")
         if origin.next is not None:
-            self._next[len(self._keys)] = origin.next.encode("ascii")
-        self._keys.append(key.encode("ascii"))
+            self._next[len(self._places)] = origin.next.encode("ascii")
+        self._places[raw] = len(self._places)
         crc = 0
         for member in kept:
             crc = zlib.crc32(member.data, crc)
@@ -139,7 +144,7 @@ class _Table:
             shard_names=np.array(names, dtype=str),
             shard_sizes=np.array(sizes, dtype=np.int64),
             shard_sha256=np.array(hashes, dtype=str),
-            raw_keys=np.array(self._keys, dtype=bytes),
+            raw_keys=np.array(list(self._places), dtype=bytes),
             absent=np.array([self._absent[number] for number in range(len(self._numbers["terms"]))], dtype=np.int64),
             layout=np.array(["" if self._layout is None else self._layout.to_json()]),
             **columns,
@@ -147,9 +152,14 @@ class _Table:
         )
 
     def _following(self) -> array[int]:
-        """The next slices as numbers of samples; one that is not here is none."""
-        places = {key: number for number, key in enumerate(self._keys)} if self._next else {}
-        return array("q", [places.get(self._next.get(number, b""), -1) for number in range(len(self._keys))])
+        """The next slices as numbers of samples; one that is not here, or that is of another volume, is none."""
+        found = array("q", [-1]) * len(self._places)
+        owners = [self._columns[name] for name in ("dataset", "patient", "volume")]
+        for number, key in self._next.items():
+            other = self._places.get(key, number)
+            if other != number and all(owner[other] == owner[number] for owner in owners):
+                found[number] = other
+        return found
 
     def _put(self, **values: str | float) -> None:
         for name, value in values.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_shards.errors import CommandParser, UserError
+from data_shards.errors import CommandParser, UserError, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,9 +53,11 @@ def run(values: argparse.Namespace) -> int:
 
     from data_shards.corpus import split_folders
     from data_shards.counts import count_corpus
-    from data_shards.display import check_png
+    from data_shards.display import check_place, check_png
     from data_shards.index import Index
 
+    for option, path in (("--json", values.json), ("--png", values.png)):
+        check_place(option, path)
     if values.png is not None:
         check_png(values.png)
     folders = dict(sorted(split_folders(values.dir).items(), key=lambda item: _ORDER.get(item[0], len(_ORDER))))
@@ -155,7 +157,7 @@ def _show_images(stats: Mapping[str, Any], console: Console) -> None:
 def _spacing(found: Mapping[str, Any] | None, total: int) -> str:
     if found is None:
         return _UNKNOWN
-    missing = f", unknown for {total - found['known']:,} images" if found["known"] < total else ""
+    missing = f", unknown for {counted(total - found['known'], 'image')}" if found["known"] < total else ""
     return f"median {found['median']:.3g} mm, from {found['min']:.3g} to {found['max']:.3g}{missing}"
 
 

@@ -200,12 +200,14 @@ def _entry(header: bytes, kind: bytes, name: str | None, offset: int, size: int,
     stem, _, extension = base.partition(".")
     if not is_key(name) or not stem:
         raise UserError(
-            f"{place}: the name {show(name)} is refused: printable ASCII is needed, no absolute path and no '..'"
+            f"{place}: the name {show(name)} is refused: printable ASCII is needed, no absolute path and no '..': "
+            "rename the file and pack the shard again"
         )
     forbidden = FORBIDDEN.intersection(extension.lower().split("."))
     if forbidden:
         raise UserError(
-            f"{place}: {show(name)} is refused: .{min(forbidden)} files hold pickles or code, which shards never do"
+            f"{place}: {show(name)} is refused: .{min(forbidden)} files hold pickles or code, which shards never do: "
+            "pack the shard again without it"
         )
     return Entry(name, f"{folder}/{stem}" if folder else stem, extension, offset, size)
 

@@ -17,7 +17,7 @@ from data_shards import manifest as manifests
 from data_shards.codecs import IMAGE_EXTENSIONS
 from data_shards.corpus import split_folders
 from data_shards.dataset import ShardDataset
-from data_shards.errors import UserError
+from data_shards.errors import UserError, counted
 from data_shards.index import INDEX_NAME
 from data_shards.progress import progress
 from data_shards.sources import file_sha256
@@ -49,7 +49,7 @@ class Verification:
         """Return the counts on one line."""
         rate = self.bytes / 1e6 / max(self.seconds, 1e-9)
         return (
-            f"{self.samples:,} samples, {self.targets:,} targets in {self.splits} split{'s' * (self.splits != 1)}, "
+            f"{counted(self.samples, 'sample')}, {counted(self.targets, 'target')} in {counted(self.splits, 'split')}, "
             f"{self.bytes / 1e6:.1f} MB at {rate:.0f} MB/s"
         )
 
@@ -131,7 +131,8 @@ def _check_without_index(
 ) -> Iterator[str]:
     """Yield the problems of a split whose index cannot be used; its tars are read from end to end instead."""
     shards = sorted(folder.glob("*.tar"))
-    yield f"{reason} (its {len(shards)} shards were read without an index)" if shards else reason
+    read = "1 shard was" if len(shards) == 1 else f"{len(shards):,} shards were"
+    yield f"{reason} (its {read} read without an index)" if shards else reason
     for path in shards:
         try:
             for key, members in scan_shard(path):

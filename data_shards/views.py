@@ -179,7 +179,8 @@ def clip_starts(index: Index, frames: int, step: int) -> np.ndarray:
     """
     if index.is_old:
         raise UserError(f"{index.folder}: its index does not tell neighbours: run `data-shards index {index.folder}`")
-    place = np.arange(len(index))
+    place, fits = np.arange(len(index)), with_target(index, "semantic")
     for _ in range((frames - 1) * step):
-        place = np.where(place < 0, -1, index.following[place])
-    return (place >= 0) & with_target(index, "semantic")
+        place = index.following[place]
+        fits &= (place >= 0) & (index.volume[place] == index.volume) & (index.patient[place] == index.patient)
+    return fits

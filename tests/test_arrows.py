@@ -20,7 +20,7 @@ TRAINER_LAYERS = (
     ("trainer.tuning",),
     ("trainer.models",),
     ("trainer.losses", "trainer.metrics", "trainer.prompts", "trainer.ranks", "trainer.report", "trainer.recipe"),
-    ("trainer.run", "trainer.scores"),
+    ("trainer.run", "trainer.scores", "trainer.quiet"),
     ("trainer",),
 )
 DATA_LAYERS = (

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import re
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +30,7 @@ from trainer.callbacks import (
     SampleTrace,
     Throughput,
 )
+from trainer.quiet import quieten
 from trainer.recipe import check_class, check_recipe, dotted_keys, flat, names_something_in
 from trainer.restore import check_fit, find_checkpoint, read_checkpoint
 from trainer.run import Run
@@ -190,8 +188,11 @@ class RecipeCLI(LightningCLI):
         if not (before.recipe.is_file() and before.record.is_file()):
             return
         config = self.config[self.subcommand]
-        now = flat(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False, format="yaml")))
-        then = flat(yaml.safe_load(before.recipe.read_text()))
+        recipes = (
+            before.recipe.read_text(),
+            self._parser(self.subcommand).dump(config, skip_none=False, format="yaml"),
+        )
+        then, now = ({**flat(recipe), **_fixed_data(recipe)} for recipe in map(yaml.safe_load, recipes))
         for key in sorted(then.keys() & now.keys()):
             if fixes_a_training(key) and then[key] != now[key]:
                 raise UserError(
@@ -223,6 +224,8 @@ class RecipeCLI(LightningCLI):
             content = read_checkpoint(path)
             check_fit(self.model, content["state_dict"], path)
             if subcommand == "fit":
+                if "loops" not in content:
+                    raise UserError(f"checkpoint {path}: it holds weights alone, without the place in the training")
                 self._refuse_another_recipe(Run(path.parent.parent))
                 _say(f"going on from {path}, step {content.get('global_step')}")
         return str(path)
@@ -262,20 +265,25 @@ class RecipeCLI(LightningCLI):
                 _say(left[subcommand])
 
 
+def _fixed_data(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What decides on the samples of a step, by dotted key: mappings are one value, since null may take their place."""
+    arguments = (recipe.get("data") or {}).get("init_args") or {}
+    return {f"data.init_args.{name}": arguments[name] for name in _FIXED_DATA if name in arguments}
+
+
 def fixes_a_training(key: str) -> bool:
     """Whether a dotted key may not change between the parts of one training."""
     name = key.rpartition(".")[2]
-    data = key.removeprefix("data.init_args.").split(".")[0]
     return (
         (key.startswith("model.") and name not in ("weights", "weights_sha256"))
-        or (key.startswith("data.init_args.") and data in _FIXED_DATA)
+        or key in {f"data.init_args.{name}" for name in _FIXED_DATA}
         or key in ("seed_everything", "trainer.precision", "trainer.gradient_clip_val")
     )
 
 
 def run_lightning(arguments: list[str]) -> int:
     """Run one of Lightning's commands on a checked recipe."""
-    _quieten()
+    quieten()
     torch.set_float32_matmul_precision("high")  # TF32 for what bf16 autocast leaves in fp32
     RecipeCLI(arguments)
     return 0
@@ -365,19 +373,3 @@ def _say(line: str) -> None:
 
 def _checkpoint_folder(root: str | None) -> str:
     return str(Run(root or ".").checkpoints)
-
-
-def _quieten() -> None:
-    """Keep notices that a user can do nothing about off the screen."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for noise in (
-        ".*does not have many workers.*",
-        ".*LeafSpec.*deprecated.*",
-        ".*module\\(s\\) in eval mode.*",  # frozen batch-norm statistics are meant
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*torch.jit.*deprecated.*",
-        ".*callbacks used to create the checkpoint need to be provided.*",  # another monitor, say: harmless
-    ):
-        warnings.filterwarnings("ignore", noise)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)

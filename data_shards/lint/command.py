@@ -56,6 +56,7 @@ def run(values: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
+    from data_shards.display import check_place
     from data_shards.lint.linter import lint
     from data_shards.lint.terminal import show, show_checks
 
@@ -66,9 +67,7 @@ def run(values: argparse.Namespace) -> int:
     if values.dir is None:
         raise UserError("lint: DIR is missing: the folder of a corpus; see data-shards lint --help")
     for option, path in (("--json", values.json), ("--html", values.html)):
-        # An hour of linting shall not end with a folder that does not exist.
-        if path is not None and (not Path(path).resolve().parent.is_dir() or Path(path).is_dir()):
-            raise UserError(f"{option} {path}: cannot be written there: name a file in a folder that exists")
+        check_place(option, path)
     report = lint(values.dir, values.sample, values.workers, values.ignore)
     show(report, console)
     _write(values.json, _write_json, report)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from data_shards.errors import counted
+
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 """From the worst on. An error makes training or scores wrong, a warning probably does, a note is good to know."""
@@ -116,6 +118,7 @@ def _register(
 
 UNREADABLE = _reading_check("unreadable-sample", "error", "A sample is damaged or cannot be read.")
 MISSING = _reading_check("missing-shard", "error", "A shard that the index lists is not there.")
+DAMAGED = _reading_check("damaged-shard", "error", "A shard has another size than the index records.")
 NO_INDEX = _reading_check("unreadable-index", "error", "A split has no index, or a damaged one.")
 OLD_INDEX = _reading_check("old-index", "note", "An index is of an old version: volumes and spacings are not known.")
 
@@ -126,7 +129,7 @@ class SplitFacts:
 
     Attributes:
         samples: Samples in its index.
-        linted: Those that were looked at.
+        linted: Those that could be read, of those to be looked at.
         index_sha256: SHA-256 of its index; empty where there is none to read.
     """
 
@@ -196,7 +199,7 @@ class Report:
 
     @property
     def linted(self) -> int:
-        """Samples that were looked at."""
+        """Samples that were read and looked at."""
         return sum(split.linted for split in self.splits.values())
 
     def found(self) -> list[tuple[Check, dict[str, int]]]:
@@ -224,14 +227,13 @@ class Report:
     def summary(self) -> str:
         """Return the result in one sentence."""
         counts = {severity: self.total(severity) for severity in SEVERITIES}
-        parts = [f"{count:,} {severity}{'s' * (count != 1)}" for severity, count in counts.items() if count]
+        parts = [counted(count, severity) for severity, count in counts.items() if count]
         listed = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]])) or "nothing"
-        several = f"{len(self.splits)} split{'s' * (len(self.splits) != 1)}"
-        looked = f"{self.linted:,}" if self.linted == self.samples else f"{self.linted:,} of {self.samples:,}"
+        looked = ("" if self.linted == self.samples else f"{self.linted:,} of ") + counted(self.samples, "sample")
         verdict = {
             "error": "Mend the errors before you train",
             "warning": "Look at the warnings before you train",
             "note": "Nothing here speaks against training",
             None: "Nothing here speaks against training",
         }[self.worst]
-        return f"{verdict}: {listed} found in {looked} samples of {several}."
+        return f"{verdict}: {listed} found in {looked} of {counted(len(self.splits), 'split')}."

@@ -89,7 +89,7 @@ def pixel_spacing(corpus: Corpus) -> Iterator[Hit]:
     wrong = (np.fmin(rows, columns) < smallest) | (np.fmax(rows, columns) > _LARGEST)  # NaN: not known
     for row, others in by_volume(corpus, wrong):
         worst = rows[row] if not smallest[row] <= rows[row] <= _LARGEST else columns[row]
-        message = f"pixels of {rows[row]:g} x {columns[row]:g} mm{more(others, 'slices of its volume')}"
+        message = f"pixels of {rows[row]:g} x {columns[row]:g} mm{more(others)}"
         yield Hit(f"{message}: correct the spacing of the source", row, value=worst)
 
 
@@ -100,7 +100,7 @@ def slice_spacing(corpus: Corpus) -> Iterator[Hit]:
     deep = ~np.isnan(spacing) & (corpus.column("slice_index") >= 0)
     smallest = np.where(corpus.column("row_spacing") < _SMALLEST, _SMALLEST_MICROSCOPY, _SMALLEST)
     for row, others in by_volume(corpus, deep & ((spacing < smallest) | (spacing > _THICKEST))):
-        message = f"slices {spacing[row]:g} mm apart{more(others, 'slices of its volume')}"
+        message = f"slices {spacing[row]:g} mm apart{more(others)}"
         yield Hit(f"{message}: correct the spacing of the source", row, value=spacing[row])
 
 
@@ -110,7 +110,7 @@ def no_slice_spacing(corpus: Corpus) -> Iterator[Hit]:
     flat = np.isnan(corpus.column("slice_spacing")) & ~np.isnan(corpus.column("row_spacing"))
     volumes = _counts(corpus.volume) > 1
     for row, others in by_volume(corpus, flat & volumes & (corpus.column("slice_index") >= 0)):
-        yield Hit(f"no slice spacing{more(others, 'slices of its volume')}: lengths across slices are not known", row)
+        yield Hit(f"no slice spacing{more(others)}: lengths across slices are not known", row)
 
 
 @corpus_check("volume-changes", "error", "Size or spacing changes inside of a volume.")
@@ -125,7 +125,7 @@ def volume_changes(corpus: Corpus) -> Iterator[Hit]:
     for changed, what, values in ((other, "px", size), (~same & ~other, "mm", spacing)):
         for row, others in by_volume(corpus, changed):
             was, now = (" x ".join(f"{length:g}" for length in values[at]) for at in (first[row], row))
-            rest = more(others, "slices of its volume")
+            rest = more(others)
             message = f"{now} {what}{rest}, where its volume begins with {was} {what}: build it from one series"
             yield Hit(message, row, other=int(first[row]))
 

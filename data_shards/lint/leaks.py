@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from data_shards.errors import counted
 from data_shards.lint.findings import corpus_check
 from data_shards.lint.survey import Corpus, Hit, first_of
 from data_shards.triplet import SPLIT_UNITS
@@ -44,7 +45,7 @@ def unknown_patients(corpus: Corpus) -> Iterator[Hit]:
     for number, part in enumerate(corpus.parts):
         count = int((apart & (corpus.split == number)).sum())
         if count:
-            what = "1 sample" if count == 1 else f"{count:,} samples"
+            what = counted(count, "sample")
             message = f"the patient of {what} is not known: name patients in the spec if the source tells them"
             yield Hit(message, split=part.name, value=count)
 
@@ -96,5 +97,5 @@ def _shared(corpus: Corpus, column: str, table: str, remedy: str) -> Iterator[Hi
                 continue
             first = seen.setdefault((str(index.datasets[dataset]), name), part.name)
             if first != part.name:
-                message = f"{column} {name} ({count:,} samples here) is in split '{first}' too: {remedy}"
-                yield Hit(message.replace("(1 samples", "(1 sample"), split=part.name, value=count)
+                message = f"{column} {name} ({counted(count, 'sample')} here) is in split '{first}' too: {remedy}"
+                yield Hit(message, split=part.name, value=count)

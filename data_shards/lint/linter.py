@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from data_shards import manifest as manifests
 from data_shards.corpus import split_folders
-from data_shards.errors import UserError, nearest
+from data_shards.errors import UserError, counted, nearest
 from data_shards.inspect import spread
 from data_shards.lint import scan
 from data_shards.lint.findings import Report, SplitFacts
@@ -54,6 +55,13 @@ def lint(folder: str | Path, sample: int | None = None, workers: int = 1, ignore
         for (name, dataset), mine in zip(datasets.items(), numbers, strict=True)
     }
     parts, rows = scan.scan(datasets, there, report.ignored, workers, report.add)
+    for part in parts:
+        report.splits[part.name] = replace(report.splits[part.name], linted=len(part.numbers))
+    lost = sum(map(len, numbers)) - report.linted
+    if lost:
+        report.remarks.append(
+            f"{counted(lost, 'sample')} could not be read, and {'was' if lost == 1 else 'were'} not looked at."
+        )
     corpus = Corpus(parts, rows, _leaks_by_design(Path(folder)), report.remarks)
     for check in CHECKS.values() if parts else ():
         if check.scope == "corpus" and check.code not in report.ignored and check.find is not None:

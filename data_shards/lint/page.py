@@ -13,7 +13,7 @@ from data_shards.corpus import split_folders
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
 from data_shards.lint.findings import Check, Finding, Report
-from data_shards.lint.pictures import draw
+from data_shards.lint.pictures import COLOURS, draw
 from data_shards.lint.style import STYLE
 
 EXAMPLES = 12
@@ -38,7 +38,7 @@ def render(report: Report) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"{_header(report)}\n{_counts(report)}\n{sections}\n{_splits(report)}\n</main>\n</body>\n</html>\n"
+        f"{_header(report)}\n{_counts(report)}\n{_legend(report)}\n{sections}\n{_splits(report)}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -69,6 +69,26 @@ def _counts(report: Report) -> str:
     return f'<section class="counts">\n<h2>What was found</h2>\n{table}\n</section>'
 
 
+def _legend(report: Report) -> str:
+    """Say what is drawn into the pictures, if there may be any."""
+    if not any(finding.number >= 0 for finding in report.findings):
+        return ""
+    marks = (
+        ("solid", "orange outline", "the target that the finding is about"),
+        ("solid", "blue outline", "the other targets of the sample"),
+        ("dotted", "white dotted box", "the box that the sample states for the target; an empty mask has none"),
+    )
+    rows = "".join(
+        f'<li><span style="outline: 2px {kind} rgb{colour}" aria-hidden="true"></span> <b>{name}</b>: {text}</li>'
+        for (kind, name, text), colour in zip(marks, COLOURS, strict=True)
+    )
+    return (
+        f'<section class="legend">\n<h2>How to read the pictures</h2>\n<ul>{rows}</ul>\n<p class="note">'
+        "Of two pictures side by side, the left one is the sample that the finding names, the right one that which "
+        "it is compared with.</p>\n</section>"
+    )
+
+
 def _section(check: Check, counts: dict[str, int], report: Report, album: _Album) -> str:
     mine = [finding for finding in report.findings if finding.code == check.code][:EXAMPLES]
     total = sum(counts.values())
@@ -90,13 +110,15 @@ def _figure(finding: Finding, album: _Album) -> str:
     pictures = [album.picture(finding.split, finding.number, finding.target, finding.key)]
     if finding.other is not None:
         pictures.append(album.picture(finding.other.split, finding.other.number, -1, finding.other.key))
-    tiles = "".join(filter(None, pictures)) or '<p class="blank">cannot be shown</p>'
+    tiles = "".join(picture or '<p class="blank">cannot be shown</p>' for picture in pictures)
     style = "tiles pair" if len(pictures) > 1 else "tiles"
     return f'<figure><div class="{style}">{tiles}</div><figcaption>{_caption(finding)}</figcaption></figure>'
 
 
 def _caption(finding: Finding) -> str:
     place = " ".join(filter(None, (finding.split, finding.key)))
+    if finding.other is not None:
+        place = f"left: {place}; right: {finding.other.split} {finding.other.key}"
     small = f"<br><small>{escape(place)}</small>" if place else ""
     return f"{escape(finding.message)}{small}"
 
@@ -144,5 +166,5 @@ class _Album:
         except (UserError, KeyError, IndexError):
             return ""
         terms = ", ".join(dict.fromkeys(item.term for item in triplet.targets)) or "no target"
-        label = escape(f"{key}: {terms}"[:200])
+        label = escape(f"{split} {key}: {terms}"[:200])
         return f'<img src="{draw(triplet, target)}" alt="{label}" title="{label}" loading="lazy">'

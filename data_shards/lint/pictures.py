@@ -19,8 +19,9 @@ SIDE = 224
 """Longest side of a picture in pixels."""
 _MOST_TARGETS = 100
 """Targets whose outlines are drawn."""
-_DRAWN = ((255, 176, 0), (86, 180, 233), (255, 255, 255))
-_COLOURS = 256 - len(_DRAWN)
+COLOURS = ((255, 176, 0), (86, 180, 233), (255, 255, 255))
+"""Of the target that is meant, of the others, and of the box."""
+_COLOURS = 256 - len(COLOURS)
 """Colours that are left for the image itself."""
 _MEANT, _OTHER, _BOX = range(_COLOURS, 256)
 
@@ -39,16 +40,19 @@ def draw(triplet: Triplet, meant: int = -1) -> str:
     drawn = _shown(triplet.image).resize(size, Image.Resampling.BOX).convert("RGB").quantize(_COLOURS)
     # Numbers of colours: those of the image, and the few that are drawn with.
     palette = (drawn.getpalette() or [])[: 3 * _COLOURS]
-    palette += [0] * (3 * _COLOURS - len(palette)) + [channel for colour in _DRAWN for channel in colour]
+    palette += [0] * (3 * _COLOURS - len(palette)) + [channel for colour in COLOURS for channel in colour]
     picture = np.array(drawn)
     chosen = list(enumerate(triplet.targets[:_MOST_TARGETS]))
     if meant >= _MOST_TARGETS:
         chosen.append((meant, triplet.targets[meant]))
     for number, target in sorted(chosen, key=lambda item: item[0] == meant):  # what is meant lies on top
-        if number == meant:
-            _draw_box(picture, target)
+        mask = None
         with suppress(UserError):  # damaged run lengths have no outline
-            picture[_outline(target.mask(), size)] = _MEANT if number == meant else _OTHER
+            mask = target.mask()
+        if number == meant and (mask is None or mask.any()):  # the box of an empty mask would be a stray mark
+            _draw_box(picture, target)
+        if mask is not None:
+            picture[_outline(mask, size)] = _MEANT if number == meant else _OTHER
     result = Image.fromarray(picture, "P")
     result.putpalette(palette)
     buffer = io.BytesIO()

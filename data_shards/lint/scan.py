@@ -15,12 +15,13 @@ import numpy as np
 
 from data_shards import workers
 from data_shards.dataset import ShardDataset
-from data_shards.errors import UserError
-from data_shards.lint.findings import MISSING, NO_INDEX, OLD_INDEX, UNREADABLE, Finding, Problem
+from data_shards.errors import UserError, counted
+from data_shards.lint.findings import DAMAGED, MISSING, NO_INDEX, OLD_INDEX, UNREADABLE, Finding, Problem
 from data_shards.lint.sample import ROW, Sample
 from data_shards.lint.survey import Part
 from data_shards.lint.table import CHECKS
 from data_shards.progress import progress
+from data_shards.stores.base import Found, shard_problem
 from data_shards.workers import Report as Advance
 
 _CHUNK = 2048
@@ -43,14 +44,19 @@ def open_split(name: str, folder: Path, add: Add) -> ShardDataset | None:
 
 
 def present(name: str, dataset: ShardDataset, numbers: np.ndarray, add: Add) -> np.ndarray:
-    """Return those of some samples whose shard is there; each missing shard is one finding."""
+    """Return those of some samples whose shard is there; each shard that is missing or of another size is a finding."""
     index = dataset.index
     there = np.array([(dataset.folder / str(shard)).is_file() for shard in index.shard_names])
     for shard in np.flatnonzero(~there).tolist():
         count = int((index.shard == shard).sum())
-        what = f"{count:,} sample{'s' * (count != 1)}"
+        what = counted(count, "sample")
         message = f"{index.shard_names[shard]} is missing, with {what}: copy it again, or build the corpus again"
         add(MISSING.finding(message, split=name, value=float(count)))
+    for shard in np.flatnonzero(there).tolist():
+        found = Found(True, (dataset.folder / str(index.shard_names[shard])).stat().st_size)
+        problem = shard_problem(str(index.shard_names[shard]), found, int(index.shard_sizes[shard]))
+        if problem:
+            add(DAMAGED.finding(problem, split=name, value=float(found.size or 0)))
     return numbers[there[index.shard[numbers]]]
 
 

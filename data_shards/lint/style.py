@@ -51,6 +51,9 @@ figure { margin: 0; min-width: 0; }
 .tiles img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; image-rendering: auto; }
 .tiles .blank { color: #aab2bb; text-align: center; padding: 3rem 1rem; margin: 0; }
 figcaption { font-size: .88rem; line-height: 1.4; margin-top: .4rem; overflow-wrap: anywhere; }
+.legend ul { list-style: none; padding: 0; }
+.legend span { display: inline-block; width: 2.2rem; height: 1.5rem; margin-right: .4rem; vertical-align: middle;
+  background: #22262b; border-radius: 3px; outline-offset: -6px; }
 ul { margin: .6rem 0 0; padding-left: 1.2rem; }
 li { margin-bottom: .4rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
@@ -63,7 +66,7 @@ td a { white-space: nowrap; } td code { overflow-wrap: anywhere; }
 .number { text-align: right; white-space: nowrap; }
 @media (max-width: 600px) {
   .panels { grid-template-columns: 1fr 1fr; } .panels:has(.pair) { grid-template-columns: 1fr; }
-  .counts :is(th, td):nth-child(3) { display: none; }
+  .counts :is(th, td):nth-child(n+3):not(:last-child) { display: none; } td a { white-space: normal; }
   table { min-width: 100%; } th, td { padding-right: .8rem; }
 }
 @media print { figure, tr { break-inside: avoid; } main { max-width: none; padding: 0; } }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.dataset import ShardDataset
+from data_shards.errors import counted
 from data_shards.index import Index
 from data_shards.lint.findings import Finding, Place
 
@@ -168,9 +169,9 @@ def first_of(numbers: np.ndarray) -> np.ndarray:
     return np.where(numbers >= 0, first[inverse], np.arange(len(numbers)))
 
 
-def more(count: int, what: str) -> str:
+def more(count: int) -> str:
     """Return `` (and 3 more slices of its volume)``, or nothing for none."""
-    return f" (and {count:,} more {what})" if count else ""
+    return f" (and {counted(count, 'more slice')} of its volume)" if count else ""
 
 
 def by_volume(corpus: Corpus, chosen: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 
 from data_shards import vocabulary
+from data_shards.errors import counted
 from data_shards.lint.findings import corpus_check
 from data_shards.lint.survey import Corpus, Hit
 
@@ -63,7 +64,7 @@ def several_spellings(corpus: Corpus) -> Iterator[Hit]:
     for terms in spellings.values():
         if len(terms) > 1:
             term = vocabulary.canonical(next(iter(terms)))
-            listed = ", ".join(f"'{name}' ({count:,} targets)" for name, count in sorted(terms.items()))
+            listed = ", ".join(f"'{name}' ({counted(count, 'target')})" for name, count in sorted(terms.items()))
             yield Hit(f"{listed} are one concept: write '{term}' everywhere", term=term, value=len(terms))
 
 
@@ -75,7 +76,7 @@ def term_not_in_train(corpus: Corpus) -> Iterator[Hit]:
         return
     for split, term, count in _terms(corpus):
         if split != _TRAIN and count and term not in learnt:
-            message = f"'{term}' has {count:,} targets here and none in {_TRAIN}: nothing can learn it"
+            message = f"'{term}' has {counted(count, 'target')} here and none in {_TRAIN}: nothing can learn it"
             yield Hit(message, split=split, term=term, value=count)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 import warnings
@@ -135,12 +137,15 @@ class RemoteStore:
     def _kept_index(self, info: Info) -> Path | None:
         """Return the index in the cache if it is the one that the server has now."""
         try:
-            pointer = read_json((self._home / _POINTER).read_bytes(), _MAX_POINTER)
+            pointer = read_json(_read_file(self._home / _POINTER, _MAX_POINTER), _MAX_POINTER)
             sha256 = str(pointer.get("sha256"))
             if info.version is None or pointer.get("version") != info.version or not _is_sha256(sha256):
                 return None
             path = self._home / sha256 / INDEX_NAME
-            with path.open("rb") as file:
+            with open(path, "rb", opener=_open_file) as file:
+                # one of another size is not even hashed
+                if os.fstat(file.fileno()).st_size != info.found.size:
+                    return None
                 return path if hashlib.file_digest(file, "sha256").hexdigest() == sha256 else None
         except (OSError, UserError):
             return None
@@ -216,6 +221,21 @@ def _tidy(home: Path, sha256: str) -> None:
                 path.unlink()
         except OSError:  # another process was faster
             continue
+
+
+def _open_file(path: str, flags: int) -> int:
+    """Open a plain file: to open a pipe would wait for whoever writes into it."""
+    number = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a file", path)
+    return number
+
+
+def _read_file(path: Path, limit: int) -> bytes:
+    """Read a plain file; of a larger one no more than shows that it is."""
+    with open(path, "rb", opener=_open_file) as file:
+        return file.read(limit + 1)
 
 
 def _is_sha256(text: str) -> bool:

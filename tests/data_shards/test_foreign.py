@@ -481,7 +481,9 @@ def test_patients_are_found_in_keys() -> None:
     assert one.patient == other.patient != decode(layout, "P2_1", members()).provenance.patient
     assert (one.dataset, one.modality, one.split_unit, one.slice_index) == ("toy", "MR", "patient", None)
     assert "P1" not in one.patient
-    with pytest.raises(UserError, match=r"^sample 'Q1': the pattern of --patient, .*, finds no patient in its key"):
+    with pytest.raises(
+        UserError, match=r"^sample 'Q1': the pattern of --patient, .*, finds no patient in its key: give one"
+    ):
         decode(layout, "Q1", members())
 
 
@@ -497,10 +499,11 @@ def test_an_image_of_unknown_patient_stands_for_itself() -> None:
         (PLAIN, {"png": None}, "it has no image: one of .jpg, .png is needed"),
         (PLAIN, {"jpg": jpeg(RGB)}, r"it has 2 images \(.jpg, .png\): one of .jpg, .png is needed"),
         (PLAIN, {"mask_png": None}, "it has no member .mask.png, its mask"),
-        (PLAIN, {"mask_png": png(MASK[:-1])}, "its mask.png has 22 x 17 pixels, its image 23 x 17"),
-        (replace(PLAIN, masks=("m.npy",)), {"m_npy": npy(MASK.astype(int) - 1)}, "its m.npy has negative values"),
+        (PLAIN, {"mask_png": png(MASK[:-1])}, "its mask.png has 22 x 17 pixels, its image 23 x 17: resize"),
+        (replace(PLAIN, masks=("m.npy",)), {"m_npy": npy(MASK.astype(int) - 1)},
+             "its m.npy has negative values, as -1: say what they mean, as --terms=-1=TERM"),
         (replace(PLAIN, term="", terms={1: "a"}), {"mask_png": png(LABELS)},
-         "its mask.png has the values 2, 3, 4, which no term has: add --terms 2=TERM, or 2= to leave it out"),
+         "its mask.png has the values 2, 3, 4, which no term has: add --terms=2=TERM, or --terms=2= to leave it out"),
         (replace(PLAIN, text="txt"), {}, "it has no member .txt, its text"),
         (replace(PLAIN, text="txt"), {"txt": b"\xff"}, "its txt is no UTF-8"),
         (replace(PLAIN, text="txt"), {"txt": b"a\nb"}, "it has no term: .txt is no text of at most 1000 characters on"),
@@ -511,9 +514,10 @@ def test_an_image_of_unknown_patient_stands_for_itself() -> None:
         (replace(PLAIN, json="json", json_term="k"), {"json": b"[]"}, "its json is damaged: it is no JSON object"),
         (replace(SA1B, image=("png",)), {"json": b"{}"}, "its json has no list of 'annotations'"),
         (replace(SA1B, image=("png",)), {"json": sa1b({})}, "its json: annotation 0 has no run lengths"),
-        (replace(SA1B, image=("png",)), {"json": sa1b({"segmentation": [[1, 2, 3, 4]]})}, "its json: annotation 0"),
+        (replace(SA1B, image=("png",)), {"json": sa1b({"segmentation": [[1, 2, 3, 4]]})},
+             "its json: annotation 0 .*; polygons are not read: store what pycocotools' `annToRLE` makes of them"),
         (replace(SA1B, image=("png",)), {"json": sa1b(annotation(MASK), {"segmentation": {"size": [W, H]}})},
-         "its json: annotation 1 has the size .17, 23., its image .23, 17."),
+         "its json: annotation 1 has the size .17, 23., its image .23, 17. .height, width.: correct it"),
         (replace(SA1B, image=("png",)), {"json": sa1b({"segmentation": {"size": [H, W], "counts": [1, 2]}})},
          "its json: annotation 0 is damaged: its run lengths do not fill 23 x 17 pixels"),
         (replace(SA1B, image=("png",)), {"json": sa1b(*[{}] * (MAX_INSTANCES + 1))}, "its json has more than 20000"),

@@ -131,7 +131,7 @@ def name(text: str) -> Callable[[Items], None]:
         (link(tarfile.FIFOTYPE), ["is a pipe"]),
         (link(tarfile.GNUTYPE_SPARSE), ["is a sparse file"]),
         (link(b"Z"), ["is of an unknown type"]),
-        (name("/a-2.json"), ["after 'a-1.json'", "the name '/a-2.json' is refused"]),
+        (name("/a-2.json"), ["after 'a-1.json'", "the name '/a-2.json' is refused", "rename the file and pack"]),
         (name("../a-2.json"), ["the name '../a-2.json' is refused"]),
         (name("x/../../a-2.json"), ["is refused"]),
         (name("a-2\n.json"), [r"the name 'a-2\n.json' is refused"]),
@@ -139,7 +139,10 @@ def name(text: str) -> Callable[[Items], None]:
         (name(".json"), ["the name '.json' is refused"]),
         (name("a-1.json"), ["sample 'a-1' has two members .json"]),
         (lambda content: content.extend(items()[:1]), ["sample 'a-1' is there twice"]),
-        *((name(f"a-2.{end}"), [f"'a-2.{end}' is refused", "pickles or code"]) for end in sorted(FORBIDDEN)),
+        *(
+            (name(f"a-2.{end}"), [f"'a-2.{end}' is refused", "pickles or code", "without it"])
+            for end in sorted(FORBIDDEN)
+        ),
         (name("a-2.image.PKL.gz"), [".pkl files hold pickles"]),
     ],
 )
@@ -271,6 +274,8 @@ def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:
 def test_nothing_is_fetched_or_run(place: str) -> None:
     for call in (Index.load, write_index, verify, open_splits):
         refused(lambda call=call: call(place), "shards are read from folders only; nothing is fetched or run")
+        if call in (verify, open_splits):  # as the commands do: who read of trainings tried a URL
+            refused(lambda call=call: call(place), "copy the shards here first (trainings do read URLs)")
         refused(lambda call=call: call(Path(place)), "shards are read from folders only; nothing is fetched or run")
 
 

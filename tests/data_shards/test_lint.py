@@ -23,6 +23,7 @@ from data_shards.lint import Finding, lint
 from data_shards.lint.likeness import correlations, fingerprint
 from data_shards.lint.page import render
 from data_shards.lint.record import record
+from data_shards.lint.survey import more
 from data_shards.lint.table import CHECKS
 from data_shards.triplet import Target, Triplet
 
@@ -394,8 +395,33 @@ def test_a_shard_that_was_cut_off_loses_what_lay_behind(tmp_path: Path) -> None:
     index = ShardDataset(tmp_path / "test").index
     path = tmp_path / "test" / "shard-000001.tar"
     path.write_bytes(path.read_bytes()[: index.members(9)["image.png"][0] + 100])
+    before, after = int(index.shard_sizes[1]), path.stat().st_size
     lost = {("error", "unreadable-sample", "test", index.key(number), "") for number in range(9, 12)}
-    assert found(lint(tmp_path).findings) == lost
+    report = lint(tmp_path)
+    assert found(report.findings) == lost | {("error", "damaged-shard", "test", "", "")}
+    cut = next(item for item in report.findings if item.code == "damaged-shard")
+    assert cut.message.startswith(f"shard-000001.tar: the shard has {after} bytes instead of {before}: copy it again")
+    assert cut.value == after
+    # what nobody could read was not looked at
+    assert {name: (facts.samples, facts.linted) for name, facts in report.splits.items()} == {
+        "test": (12, 9),
+        "train": (36, 36),
+    }
+    assert report.remarks == ["3 samples could not be read, and were not looked at."]
+    assert report.summary().endswith("4 errors found in 45 of 48 samples of 2 splits.")
+
+
+def test_one_of_a_kind_is_no_plural(tmp_path: Path) -> None:
+    report = lint(write(tmp_path, {"train": clean()["train"][4:5]}))
+    assert report.summary().endswith(" found in 1 sample of 1 split.")
+    assert [item.message for item in report.findings if item.code == "never-absent"]
+    assert (more(0), more(1), more(2)) == (
+        "", " (and 1 more slice of its volume)", " (and 2 more slices of its volume)"
+    )  # fmt: skip
+    splits = clean()
+    splits["test"][1] = renamed("spleen", "pancreas")(splits["test"][1])
+    write(tmp_path / "b", splits)
+    assert "'pancreas' has 1 target here and none in train" in str(lint(tmp_path / "b").findings)
 
 
 @pytest.mark.parametrize("damage", ["gone", "no index at all"])
@@ -532,7 +558,7 @@ def test_what_is_ignored_is_not_reported(tmp_path: Path) -> None:
 def test_every_check_is_planted_somewhere() -> None:
     planted = {code for _, expected in FAULTS.values() for _, code, *_ in expected}
     elsewhere = {"near-duplicate", "patients-shared", "unreadable-sample", "missing-shard", "unreadable-index"}
-    elsewhere |= {"rare-modality", "imbalance", "old-index"}
+    elsewhere |= {"rare-modality", "imbalance", "old-index", "damaged-shard"}
     assert planted | elsewhere == set(CHECKS)
     for check in CHECKS.values():
         assert check.about.endswith(".") and check.about.count(". ") == 0

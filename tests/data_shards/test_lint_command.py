@@ -5,25 +5,29 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import itertools
 import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from lint_corpus import Splits, clean, disc, with_mask, with_origin, with_target, write
 from PIL import Image
+from pycocotools import mask as coco_mask
 
+from data_shards import progress
 from data_shards.dataset import ShardDataset
 from data_shards.errors import CommandParser, UserError
 from data_shards.lint import findings, lint
 from data_shards.lint.command import HELP, add_arguments, run
 from data_shards.lint.findings import CHECKS, Finding, Report
 from data_shards.lint.page import EXAMPLES, render
-from data_shards.lint.pictures import SIDE, draw
+from data_shards.lint.pictures import COLOURS, SIDE, draw
 from data_shards.triplet import Target
 
 
@@ -199,6 +203,60 @@ def test_a_picture_shows_the_outline_where_the_mask_is() -> None:
     assert orange.sum() > 20 and edge[orange].all()
 
 
+def test_a_mask_without_a_pixel_leaves_no_mark() -> None:
+    triplet = clean()["train"][4]
+    counts = coco_mask.encode(np.zeros(triplet.image.shape, np.uint8, order="F"))["counts"].decode()
+    assert triplet.targets[0].box[0] > 2
+    empty = with_target(triplet, counts=counts, box=(0, 0, 0, 0), area=0)
+    white = [(picture(draw(one, 0)) == 255).all(axis=2) for one in (triplet, empty)]
+    assert white[0].sum() > 20 and not white[1].any()
+    assert not (picture(draw(empty, 0)) == (255, 176, 0)).all(axis=2).any()
+    # A box that nothing contradicts is shown, though the mask cannot be read.
+    assert (picture(draw(with_target(triplet, counts="0"), 0)) == 255).all(axis=2).sum() > 20
+
+
+def test_the_page_explains_its_pictures(corpus: Path, report: Report, tmp_path: Path) -> None:
+    text = render(report)
+    page = Page(text)
+    styles = [str(attributes["style"]) for tag, attributes in page.elements if tag == "span" and "style" in attributes]
+    assert styles == [f"outline: 2px {kind} rgb{colour}" for kind, colour in zip(
+        ("solid", "solid", "dotted"), COLOURS, strict=True)]  # fmt: skip
+    for words in ("orange outline: the target", "blue outline: the other", "white dotted box: the box"):
+        assert words in page.words
+    copy = next(item for item in report.findings if item.code == "near-duplicate")
+    assert copy.other is not None
+    place = f"left: {copy.split} {copy.key}; right: {copy.other.split} {copy.other.key}"
+    assert place in page.words and "the left one is the sample that the finding names" in page.words
+    pictures = [attributes for tag, attributes in page.elements if tag == "img"]
+    left, right = re.findall(r'<img [^>]*alt="([^"]*)"', text[text.index('class="tiles pair"') :])[:2]
+    assert left.startswith(f"{copy.split} {copy.key}: ") and right.startswith(f"{copy.other.split} {copy.other.key}: ")
+    assert pictures and all(re.match(r"(train|test) toy-\S+: ", str(attributes["alt"])) for attributes in pictures)
+    write(tmp_path, {"train": clean()["train"][:1]})
+    assert "orange outline" not in render(lint(tmp_path))  # nothing is drawn
+
+
+def test_a_phone_sees_all_findings_and_no_split(report: Report) -> None:
+    text = render(report)
+    narrow = text[text.index("@media (max-width: 600px)") :]
+    rule = re.search(r"\.counts :is\(th, td\):nth-child\(n\+3\):not\(:last-child\) { display: none; }", narrow)
+    assert rule is not None
+    table = text[text.index('<section class="counts">') :]
+    names = re.findall(r"<th[^>]*>([^<]*)</th>", table[: table.index("</thead>")])
+    assert names == ["", "Check", "What it finds", "train", "test", "All"]
+
+
+def test_a_log_hears_of_it_every_ten_seconds(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = itertools.count(0, 2)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert command(corpus) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 5
+    for line in lines:
+        assert re.fullmatch(r"lint: \d+/48, \d+/s, left 0:\d\d:\d\d", line), line
+
+
 @pytest.mark.parametrize("shape", [(5, 700), (3, 2), (2000, 1500), (1, 1), (300, 200, 3)])
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64", "uint16"])
 def test_any_image_and_a_single_pixel_can_be_drawn(shape: tuple[int, ...], dtype: str) -> None:
@@ -239,8 +297,9 @@ def test_samples_that_are_gone_leave_a_page(corpus: Path, report: Report, tmp_pa
         (("DIR", "--html", "."), "--html .: cannot be written there"),
         (("DIR", "--sample", "0"), "argument --sample: '0' is no whole number from 1 on"),
         (("DIR", "--workers", "-2"), "argument --workers: '-2' is no whole number"),
+        (("s3://bucket/x",), "s3://bucket/x: this command reads folders of this machine"),
         (("DIR", "--fail-on", "notes"), "argument --fail-on: invalid choice: 'notes'"),
-        (("nowhere",), "nowhere: no corpus here"),
+        (("nowhere",), "nowhere: no such folder: name the folder of a corpus"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: tuple[str, ...], message: str, corpus: Path) -> None:

@@ -97,6 +97,19 @@ def test_of_a_group_every_sample_is_seen_before_one_is_seen_again(index: Index) 
             assert {repeat for place, repeat in pairs if place == position} == set(range(count))
 
 
+def test_what_a_last_incomplete_batch_leaves_out_does_not_count_as_seen(index: Index) -> None:
+    order = make_order(index, sampling=Sampling(power=0.5), batch=16)
+    assert len(order) == 48 and order.name != make_order(index, sampling=Sampling(power=0.5)).name
+    seen: Counter[int] = Counter()
+    for epoch in range(30):
+        sampler = GlobalOrderSampler(order, 16, 4, 0, 1, seed=2)
+        sampler.set_epoch(epoch)
+        seen.update(draw.position for batch in sampler for draw in batch)
+        for first, stop in ((0, 40), (40, 48), (48, 51)):
+            counts = [seen[position] for position in range(first, stop)]
+            assert max(counts) - min(counts) <= 1
+
+
 def test_a_weighted_order_depends_on_seed_and_epoch_alone(index: Index) -> None:
     sampling = Sampling(power=0.3, samples=64)
     orders = {}
@@ -136,6 +149,7 @@ def test_weights_that_do_not_fit(index: Index) -> None:
         (Sampling(weights={"CT": 1, "MR": 1}), "modality 'X-ray' has none; 0 leaves it out"),
         (Sampling(weights={"CT": 0, "MR": 0, "X-ray": 0}), "all are 0: nothing would be seen"),
         (Sampling(by="dataset", weights={"CT": 1}), "no dataset 'CT'"),
+        (Sampling(weights={"CT": 1e308, "MR": 1e308, "X-ray": 1}), "they add up to infinity"),
     ):
         with pytest.raises(UserError, match=r"^sampling\.weights") as caught:
             make_order(index, sampling=sampling)

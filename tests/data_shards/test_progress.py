@@ -56,6 +56,43 @@ def test_nothing_done_has_no_time_left(watch: Watch) -> None:
     assert meter.line(0) == "0/3 blocks, 0 slices, 0/s"
 
 
+@pytest.mark.parametrize(
+    ("of_bytes", "unit", "lines"),
+    [
+        (False, 1, ["lint: 100/1,000, 10/s, left 0:01:30", "lint: 200/1,000, 10/s, left 0:01:20"]),
+        (
+            True,
+            1e6,
+            ["lint: 100.0/1,000.0 MB, 10.0 MB/s, left 0:01:30", "lint: 200.0/1,000.0 MB, 10.0 MB/s, left 0:01:20"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("by", ["advance", "update"])
+def test_any_bar_is_a_line_every_ten_seconds_in_a_log(
+    watch: Watch, capsys: pytest.CaptureFixture[str], of_bytes: bool, unit: float, lines: list[str], by: str
+) -> None:
+    with progress.progress(of_bytes) as bar:
+        task = bar.add_task("lint", total=1000 * unit)
+        for second in range(1, 26):
+            watch.now = 100.0 + second
+            if by == "advance":
+                bar.advance(task, 10 * unit)
+            else:
+                bar.update(task, completed=10 * unit * second)
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_bar_without_a_total_says_what_is_done(watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.progress() as bar:
+        task = bar.add_task("verify", total=None)
+        watch.now += 9.9
+        bar.advance(task, 1200)
+        assert capsys.readouterr().err == ""
+        watch.now += 0.1
+        bar.advance(task, 1200)
+    assert capsys.readouterr().err == "verify: 2,400, 240/s\n"
+
+
 def test_who_watches_sees_a_bar(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Terminal()
     monkeypatch.setattr("sys.stderr", screen)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
+import re
 import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,8 @@ import webdataset
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from data_shards import reindex
+from data_shards import progress, reindex
+from data_shards.cli import main
 from data_shards.dataset import ShardDataset
 from data_shards.errors import CommandParser, run_command
 from data_shards.foreign import Layout
@@ -176,8 +180,37 @@ def test_mistakes_are_one_line(tmp_path: Path, run: Run, arguments: list[str], m
 
 def test_folders_without_tars(tmp_path: Path, run: Run) -> None:
     assert "none: no such folder" in run(tmp_path / "none")[2]
-    assert "no corpus here" in run(tmp_path)[2]
-    assert "nothing is fetched or run" in run("s3://bucket/x")[2] or run("s3://bucket/x")[0] == 2
+    (tmp_path / "README.md").touch()
+    assert "README.md: is a file: name the folder of a corpus, or of .tar files" in run(tmp_path / "README.md")[2]
+    assert f"{tmp_path}: no .tar file here, nor one folder below: name the folder" in run(tmp_path)[2]
+    url = run("s3://bucket/x")
+    assert url[0] == 2 and "s3://bucket/x: this command reads folders of this machine" in url[2]
+    assert "copy the shards here first" in url[2]
+
+
+def test_the_hint_for_values_below_zero_can_be_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In front of the number, the whole command would take it for an option."""
+    samples = [{"__key__": key, "png": image, "mask.npy": mask.astype(np.int16) - 2 * (mask == 1)}
+               for key, image, mask in zip(KEYS, IMAGES, MASKS, strict=True)]  # fmt: skip
+    folder = write(tmp_path / "x", samples)
+    assert main(["index", str(folder), "--mask", "mask.npy", "--terms", "2=liver,3="]) == 2
+    hint = re.search(r"add (--terms=-1=)TERM, or --terms=-1= to leave it out", capsys.readouterr().err)
+    assert hint is not None
+    assert main(["index", str(folder), "--mask", "mask.npy", f"{hint[1]}cyst,2=liver,3="]) == 0
+    terms = {1: ("cyst",), 2: ("liver",)}
+    for triplet, mask in zip(ShardDataset(folder), MASKS, strict=True):
+        assert tuple(target.term for target in triplet.targets) == terms.get(int(mask.max()), ())
+
+
+def test_a_log_hears_of_it_every_ten_seconds(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "x", polyps(), size=12)
+    clock = itertools.count(0, 4)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    code, _, err = run(folder, "--term", "a")
+    size = next(folder.glob("*.tar")).stat().st_size / 1e6
+    assert code == 0 and len(err.splitlines()) > 2
+    for line in err.splitlines():
+        assert re.fullmatch(rf"index x: \d\.\d/{size:.1f} MB, \d\.\d MB/s, left \d+:\d\d:\d\d", line), line
 
 
 def test_foreign_samples_that_look_like_ours_get_a_hint(tmp_path: Path, run: Run) -> None:
@@ -235,7 +268,7 @@ def test_shards_that_changed_are_named_and_not_vouched_for(corpus: Path, run: Ru
     assert (corpus / MANIFEST_NAME).read_bytes() == record
     assert len(Index.load(corpus / "train")) == len(names) // 2
     path.with_name("more.tar").unlink()
-    assert "train: 1 of 1 shards gone since the last index: more.tar\n" in run(corpus)[1]
+    assert "train: 1 of 2 shards gone since the last index: more.tar\n" in run(corpus)[1]
 
 
 def test_a_damaged_index_is_replaced(corpus: Path, run: Run) -> None:

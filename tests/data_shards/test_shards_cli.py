@@ -15,6 +15,7 @@ from data_shards.cli import main
 from data_shards.index import Index
 from data_shards.schema import from_mapping
 from data_shards.spec import Spec
+from data_shards.verify import Verification
 
 IMAGE, MASK = "imgs/PAT1_scan.nii.gz", "gts/PAT1_scan_seg.nii.gz"
 
@@ -363,6 +364,13 @@ def test_a_corrupt_shard(corpus: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert all(line.startswith(f"data-shards: problem: {path}: ") for line in text.err.splitlines())
 
 
+def test_one_problem_is_no_plural(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (corpus / "train" / "notes.txt").touch()
+    assert main(["verify", str(corpus)]) == 2
+    assert capsys.readouterr().out.startswith("1 problem in 40 samples, 28 targets in 2 splits, ")
+    assert Verification(samples=1, targets=1, splits=1).summary().startswith("1 sample, 1 target in 1 split, ")
+
+
 def test_thousands_of_problems_are_not_all_printed(
     corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,7 +387,8 @@ def test_no_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: 
     expected = "no corpus here (manifest.json or index.npz): run `data-shards build`"
     assert complaint(capsys, command, tmp_path) == f"{tmp_path}: {expected}"
     (tmp_path / "file").touch()
-    assert complaint(capsys, command, tmp_path / "file").startswith(f"{tmp_path / 'file'}: no corpus here")
+    assert complaint(capsys, command, tmp_path / "file").startswith(f"{tmp_path / 'file'}: is a file: name the folder")
+    assert complaint(capsys, command, tmp_path / "none").startswith(f"{tmp_path / 'none'}: no such folder: name the")
     (tmp_path / "manifest.json").write_text("{")
     assert complaint(capsys, command, tmp_path).startswith(f"{tmp_path / 'manifest.json'}: damaged manifest")
 

@@ -326,11 +326,15 @@ def test_files_that_cannot_be_written(mixed: Path, run: Run, tmp_path: Path) -> 
     for option, name in (("--png", "a.png"), ("--json", "a.json")):
         path = tmp_path / "none" / name
         expected = (
-            f"data-shards: error: {path}: cannot be written (No such file or directory): choose another {option}\n"
+            f"data-shards: error: {option} {path}: cannot be written there: name a file in a folder that exists\n"
         )
-        assert run(mixed, option, path)[2] == expected
+        assert run(mixed, option, path) == (2, "", expected)
+        # before anything is counted, or looked for
+        assert run(tmp_path / "nowhere", option, path)[2] == expected
     assert "a PNG is drawn: give it a name that ends in .png" in run(mixed, "--png", tmp_path / "a.jpg")[2]
     assert "no corpus here" in run(tmp_path)[2]
+    assert "nowhere: no such folder: name the folder of a corpus" in run(tmp_path / "nowhere")[2]
+    assert "this command reads folders of this machine" in run("https://example.org/liver")[2]
 
 
 def test_shards_need_not_be_there(mixed: Path, run: Run, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_missing_shard_index_and_split(corpus: Path) -> None:
     assert problems(corpus)[0].startswith(f"{corpus / 'train'}: no index.npz here")
     shutil.rmtree(corpus / "train")
     assert problems(corpus)[0].startswith(f"{corpus / 'train'}: no index.npz here")
-    with pytest.raises(UserError, match="no corpus here"):
+    with pytest.raises(UserError, match="elsewhere: no such folder: name the folder of a corpus"):
         verify(corpus / "elsewhere")
 
 
@@ -193,7 +193,7 @@ def test_a_split_without_an_index_is_read_from_its_tars(corpus: Path) -> None:
         assert len(result.problems) == 1 and (result.samples, result.targets) == (40, 28)
         wanted = f"{corpus / 'train'}: no index.npz here" if damage is None else f"{path}: damaged index"
         assert result.problems[0].startswith(wanted)
-        assert result.problems[0].endswith("(its 1 shards were read without an index)")
+        assert result.problems[0].endswith("(its 1 shard was read without an index)")
     assert verify(corpus / "train").samples == 20
     shard = corpus / "train" / SHARD
     data, place = shard.read_bytes(), places(shard)[11]

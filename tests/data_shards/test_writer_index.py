@@ -164,6 +164,16 @@ def test_index_of_a_damaged_or_foreign_tar(tmp_path: Path) -> None:
     assert not (tmp_path / INDEX_NAME).exists()
 
 
+def test_a_key_in_two_shards_is_refused(tmp_path: Path) -> None:
+    good = make(values("uint8")).encode()
+    for name in ("a", "b"):
+        with webdataset.TarWriter(str(tmp_path / f"{name}.tar")) as tar:
+            for key in (name, "same"):
+                tar.write({"__key__": key, **good})
+    with pytest.raises(UserError, match=r"b\.tar: sample 'same' is in a\.tar too: rename one, or move one shard"):
+        write_index(tmp_path)
+
+
 def test_loading_says_what_is_missing(tmp_path: Path, corpus: Path) -> None:
     with pytest.raises(UserError, match=r"no index\.npz here: .*, or name one of its splits: test, train"):
         Index.load(corpus)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from data_shards.batch import TripletBatch
 from data_shards.datamodule import TripletDataModule
@@ -36,12 +37,13 @@ class Slow(LightningModule):
 
 
 class Crash(Callback):
-    """Breaks down when the first batch after a step is about to be learnt from."""
+    """Breaks down when the first batch after a step is about to be learnt from, or in another hook."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, hook: str) -> None:
         self.step = step
+        setattr(self, hook, self._crash)
 
-    def on_train_batch_start(self, trainer: Trainer, *arguments: Any) -> None:
+    def _crash(self, trainer: Trainer, *arguments: Any) -> None:
         if trainer.global_step == self.step:
             raise RuntimeError("crash")
 
@@ -56,6 +58,9 @@ def main(
     every: int,
     seconds: float = 0.0,
     crash: int = -1,
+    hook: str = "on_train_batch_start",
+    rescue: bool = False,
+    trainer_arguments: dict[str, Any] | None = None,
     **data_arguments: Any,
 ) -> float:
     warnings.filterwarnings("ignore")
@@ -68,12 +73,18 @@ def main(
         accelerator="cpu",
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
-        max_epochs=epochs,
+        max_epochs=epochs if epochs else -1,
         default_root_dir=root,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[RunCheckpoint(every, dirpath=str(run.checkpoints)), SampleTrace(), Crash(crash)],
+        callbacks=[
+            RunCheckpoint(every, dirpath=str(run.checkpoints)),
+            SampleTrace(),
+            Crash(crash, hook),
+            *([OnExceptionCheckpoint(str(run.checkpoints), "last")] if rescue else []),
+        ],
+        **(trainer_arguments or {}),
     )
     module = Slow(seconds)
     trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None, weights_only=True)

@@ -25,6 +25,8 @@ from data_shards.datamodule import TripletDataModule
 from data_shards.dataset import ShardDataset
 from trainer.modules.medsam import per_image_mean
 from trainer.prompts import BoxPrompts
+from trainer.report.answer import limits
+from trainer.report.data import read_run
 from trainer.report.traces import read_order
 from trainer.restore import restore
 from trainer.run import Run, read_json
@@ -306,7 +308,7 @@ def test_a_training_does_not_go_on_with_other_weights_of_its_data(tiny_run, tiny
     weights = ("-c", "recipes/overlays/balanced.yaml", "--trainer.default_root_dir", tmp_path / "run")
     code, _, err = trainer_command("fit", "-c", tiny_recipe, *weights, "--trainer.max_steps", 5, "--ckpt_path", "last")
     assert (code, err.count("\n")) == (2, 1), err
-    assert "cannot resume: the samples were chosen or weighted in another way; set it back" in err
+    assert "cannot go on with another data.init_args.sampling: None in " in err
 
 
 def test_a_run_goes_on_with_other_micro_batches(tiny_run, tiny_recipe, trainer_command, tmp_path):
@@ -339,12 +341,14 @@ def test_damaged_samples_are_left_out_where_the_recipe_says_so(tiny_recipe, tiny
         path.write_bytes(data)
         names[split] = {index.key(number) for number in numbers}
     folders = [option for split in names for option in (f"--data.init_args.{split}", copy / split)]
-    small = ("-c", tiny_recipe, *folders, "-c", "recipes/overlays/skip_damaged.yaml", "--trainer.max_steps", 3)
+    skip = ("-c", "recipes/overlays/skip_damaged.yaml", "--data.init_args.max_damaged", 0.2)
+    small = ("-c", tiny_recipe, *folders, *skip, "--trainer.max_steps", 3)
     for micro in (2, 1):  # one at a time, a batch can be empty
         run = tmp_path / f"run{micro}"
         more = ("--trainer.default_root_dir", run, "--data.init_args.micro_batch_size", micro)
         code, out, err = trainer_command("fit", *small, *more)
         assert code == 0, err
+        assert "is skipped, as are others to come" in err
         assert f"2 damaged samples were skipped: {run}/skipped.csv names them" in err
         with (run / "skipped.csv").open() as handle:
             rows = list(csv.DictReader(handle))
@@ -357,6 +361,13 @@ def test_damaged_samples_are_left_out_where_the_recipe_says_so(tiny_recipe, tiny
         assert "1 damaged sample was not scored" in out
         evaluation = read_json(run / "evaluation/untouched/evaluation.json")
         assert set(evaluation["skipped"]) == names["test"] and evaluation["targets"] == 5
+        assert "its bytes changed since the build" in str(evaluation["skipped"])
+        assert "2 samples could not be read and were skipped in training" in " ".join(limits(read_run(Run(run))))
+    code, _, err = trainer_command(
+        "fit", *small, *more[2:], "--data.init_args.max_damaged", 0.0, *more[:1], tmp_path / "no"
+    )
+    assert code == 2
+    assert "1 damaged sample in one epoch on one rank: data.init_args.max_damaged (0) allows fewer" in err
 
 
 def test_the_recipe_of_a_resumed_run_names_no_checkpoint(tiny_run, tiny_recipe, trainer_command, tmp_path):

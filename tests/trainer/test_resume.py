@@ -22,11 +22,13 @@ import slow_training
 import torch
 
 from data_shards.dataset import ShardDataset
-from data_shards.order import epoch_order
+from data_shards.errors import UserError
+from data_shards.order import Sampling, epoch_order
 from data_shards.scan import write_index
 from data_shards.triplet import Provenance, Target, Triplet
 from data_shards.writer import ShardWriter
-from trainer.report.traces import read_order
+from trainer.callbacks.trace import encode_keys
+from trainer.report.traces import decode_keys, read_order
 
 COUNT, BATCH, EPOCHS = 123, 8, 2
 STEPS = COUNT // BATCH
@@ -114,6 +116,70 @@ def test_after_a_crash_a_run_goes_on_with_the_next_sample(
     assert counted["epoch_loop.batch_progress"]["total"]["ready"] == EPOCHS * STEPS * passes
     assert counted["epoch_loop.batch_progress"]["current"]["ready"] == STEPS * passes
     assert counted["epoch_progress"]["total"]["ready"] == EPOCHS
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_train_epoch_start", "on_before_zero_grad", "on_after_backward", "on_train_batch_end"]
+)
+@pytest.mark.parametrize("crash", [4, STEPS], ids=["in an epoch", "at its end"])
+@pytest.mark.parametrize("by_steps", [False, True], ids=["max_epochs", "max_steps"])
+def test_a_checkpoint_of_any_moment_goes_on_after_its_last_step(
+    by_steps: bool, crash: int, hook: str, shards: Path, undisturbed: str, tmp_path: Path
+) -> None:
+    """A batch may have been handed out, or an epoch begun, that nothing was learnt from yet."""
+    if hook == "on_train_epoch_start" and crash == 4:
+        pytest.skip("no epoch begins there")
+    arguments = {"shards": str(shards), "root": str(tmp_path), "ranks": 1, "workers": 0, "every": 99}
+    end = {"epochs": 0, "trainer_arguments": {"max_steps": EPOCHS * STEPS}} if by_steps else {"epochs": EPOCHS}
+    with pytest.raises(RuntimeError, match="crash"):
+        slow_training.main(**arguments, **end, micro=2, crash=crash, hook=hook, rescue=True)
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == crash
+    weight = slow_training.main(**arguments, **end, micro=4)
+    assert read_order(tmp_path) == expected(shards)
+    assert weight == pytest.approx(float(undisturbed.rpartition(" ")[2]), rel=1e-6)
+
+
+def test_limited_epochs_go_on_as_they_were(shards: Path, tmp_path: Path) -> None:
+    limit = {"trainer_arguments": {"limit_train_batches": 12}}  # three steps of four micro-batches
+    arguments = {"shards": str(shards), "ranks": 1, "workers": 0, "micro": 2, "epochs": 4, "every": 1}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    slow_training.main(root=str(whole), **arguments, **limit)
+    for crash in (2, 3, 7, 9):
+        with pytest.raises(RuntimeError, match="crash"):
+            slow_training.main(root=str(parts), **arguments, **limit, crash=crash)
+    with pytest.raises(
+        UserError, match=r"cannot resume: an epoch had 3 steps, now 15: set trainer\.limit_train_batches"
+    ):
+        slow_training.main(root=str(parts), **arguments)
+    slow_training.main(root=str(parts), **arguments, **limit)
+    orders = [read_order(root) for root in (whole, parts)]
+    assert orders[0] == orders[1] and len(orders[0]) == 12
+    assert [epoch for epoch, _ in orders[0]] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    for limit_given, part in (
+        (6, "6 batches are no whole steps of 4: choose a multiple of 4"),
+        (0.5, "30 batches are no"),
+    ):
+        with pytest.raises(UserError, match=part):
+            slow_training.main(
+                root=str(tmp_path / "no"), **arguments, trainer_arguments={"limit_train_batches": limit_given}
+            )
+    with pytest.raises(UserError, match="overfit_batches is not supported"):
+        slow_training.main(root=str(whole), **arguments, trainer_arguments={"overfit_batches": 4})
+
+
+def test_another_order_is_refused_at_an_epochs_end_too(shards: Path, tmp_path: Path) -> None:
+    arguments = {"shards": str(shards), "root": str(tmp_path), "ranks": 1, "workers": 0, "micro": 2, "every": 1}
+    with pytest.raises(RuntimeError, match="crash"):
+        slow_training.main(**arguments, epochs=2, crash=STEPS)
+    with pytest.raises(UserError, match="cannot resume: the samples were chosen or weighted in another way"):
+        slow_training.main(**arguments, epochs=2, sampling=Sampling(power=0.5))
+
+
+def test_keys_with_spaces_are_traced() -> None:
+    keys = ["a b/c 100%-017", "plain", "x%20y"]
+    assert decode_keys(encode_keys(keys)) == keys and encode_keys(keys).count(" ") == 2
 
 
 def test_steps_that_were_not_saved_are_taken_again(shards: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         datamodule = getattr(trainer, "datamodule", None)
         if isinstance(datamodule, TripletDataModule) and "train" in datamodule.shards:
-            settle(checkpoint, datamodule, trainer.world_size)
+            settle(checkpoint, datamodule, trainer.world_size, trainer.max_steps != -1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where the run starts: that step needs no saving."""
@@ -117,40 +117,45 @@ def _uninterrupted() -> Iterator[None]:
         before(*pending[0])
 
 
-def settle(checkpoint: dict[str, Any], datamodule: TripletDataModule, ranks: int) -> None:
-    """Write into a checkpoint's loops where training goes on, as the loader's own state says it.
+def settle(checkpoint: dict[str, Any], datamodule: TripletDataModule, ranks: int, by_steps: bool) -> None:
+    """Write into a checkpoint's loops and loader where training goes on: after its last optimiser step.
 
     Lightning counts micro-batches of one rank, and would go wrong with another number of ranks. It also miscounts
     epochs after a resume at an epoch's end, and takes every end of training for that of an epoch: a second resume would
-    then begin the epoch again. What was seen are samples, in whole steps; the counters follow from that.
+    then begin the epoch again. And what a loader handed out was not learnt from if a run broke down before the step.
+    An epoch is so many steps, so that all counters follow from how many were taken.
 
     Args:
         checkpoint: The checkpoint, changed in place; one without a state of our loader stays as it is.
         datamodule: The data module, set up.
         ranks: Number of ranks, from now on.
+        by_steps: Whether `max_steps` ends the training: Lightning then restarts between two epochs as it does inside.
+
+    Raises:
+        UserError: The checkpoint was made with another order of samples.
     """
     loop = checkpoint["loops"]["fit_loop"]
     states = loop.get("state_dict", {}).get("combined_loader")
     if not states or "samples" not in states[0]:
         return
-    # Samples after the last whole step were not learnt from: their gradients were never applied.
-    steps, epoch = states[0]["samples"] // datamodule.batch_size, states[0]["epoch"]
+    done, passes = checkpoint["global_step"], datamodule.accumulation(ranks)
+    epoch, steps = divmod(done, datamodule.steps_per_epoch)
     for state in states:
-        state["samples"] = steps * datamodule.batch_size
-    if not 0 < steps < datamodule.steps_per_epoch:  # between two epochs
-        epoch, steps = epoch + (steps > 0), 0
-    in_epoch = int(steps > 0)
-    passes = datamodule.accumulation(ranks)
-    epochs = {"ready": epoch + in_epoch, "started": epoch + in_epoch, "processed": epoch, "completed": epoch}
-    # In an epoch, a state is that of a batch that is done but for its callbacks: one of them saves.
-    done = dict.fromkeys(("ready", "started", "processed"), steps * passes)
-    done["completed"] = steps * passes - in_epoch
-    before = epoch * datamodule.steps_per_epoch * passes
+        datamodule.check_state(state)
+        state.update(epoch=epoch, samples=steps * datamodule.batch_size)
+    begun = int(steps > 0)
+    epochs = {"ready": epoch + begun, "started": epoch + begun, "processed": epoch, "completed": epoch}
+    # As a batch's callbacks see it, one of which saves: the batch is done but for them.
+    open_batch = int(begun or (by_steps and done > 0))
+
+    def batches(count: int) -> dict[str, int]:
+        return {**dict.fromkeys(("ready", "started", "processed"), count), "completed": count - open_batch}
+
     loop["epoch_progress"].update(total=dict(epochs), current=dict(epochs))
     loop["epoch_loop.batch_progress"].update(
-        total={name: before + count for name, count in done.items()}, current=done, is_last_batch=False
+        total=batches(done * passes), current=batches(steps * passes), is_last_batch=False
     )
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - in_epoch
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = done - open_batch
 
 
 def _is_last(trainer: Trainer) -> bool:

@@ -42,13 +42,13 @@ class EvaluationRecord(Callback):
         count = len(trainer.test_dataloaders.dataset)
         self._shown = set(np.linspace(0, count - 1, min(count, self.panels)).round().astype(int).tolist())
         self._kept: dict[tuple[int, int], dict[str, Any]] = {}
-        self._skipped: list[str] = []
+        self._skipped: dict[str, str] = {}
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Prediction, batch: TripletBatch, batch_idx: int
     ) -> None:
         """Keep the pictures of the chosen samples, and count those that could not be read."""
-        self._skipped += [item.key for item in batch.skipped]
+        self._skipped.update({item.key: item.reason for item in batch.skipped})
         for q, (position, target) in enumerate(batch.identities):
             if position in self._shown:
                 image = int(batch.image_index[q])
@@ -65,7 +65,7 @@ class EvaluationRecord(Callback):
         """Write the table and the pictures."""
         assert isinstance(pl_module, MedSAMModule)
         scores, kept = pl_module.gathered_scores(), self._gather()
-        skipped = sorted({key for part in every_rank(self._skipped) for key in part})
+        skipped = {key: reason for part in every_rank(self._skipped) for key, reason in sorted(part.items())}
         if not trainer.is_global_zero:
             return
         name = self.name or ("tuned" if trainer.ckpt_path else "untouched")

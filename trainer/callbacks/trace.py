@@ -39,7 +39,7 @@ class SampleTrace(Callback):
             for path in (run.trace, run.skipped)
         )
         self._attempt = every_rank(1 + _last_attempt(run.trace))[0]
-        self._count = 0
+        self._keys: list[str] = []
         self._columns = _columns(self._path)
         if not self._columns:
             self._columns = list(COLUMNS)
@@ -62,13 +62,15 @@ class SampleTrace(Callback):
         # outputs hold the loss as divided for accumulation; the trace shows the batch's own
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
         place = (trainer.current_epoch, batch_idx, self._step)
-        values = dict(zip(COLUMNS, (*place, f"{loss:.9g}", " ".join(batch.keys), self._attempt), strict=True))
+        values = dict(zip(COLUMNS, (*place, f"{loss:.9g}", encode_keys(batch.keys), self._attempt), strict=True))
         _append(self._path, [values[name] for name in self._columns])
         for item in batch.skipped:
             if not self._skipped.exists():
                 _append(self._skipped, ["epoch", "batch", "step", "key", "reason"])
             _append(self._skipped, [*place, item.key, item.reason])
-        self._count += len(batch.skipped)
+            if not self._keys:
+                print(f"{item.reason}: it is skipped, as are others to come: {self._skipped}", file=sys.stderr)
+            self._keys.append(item.key)
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} at step {self._step} on {', '.join(batch.keys)}: lower model.init_args.lr or look "
@@ -77,11 +79,18 @@ class SampleTrace(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how many samples could not be read."""
-        count = sum(every_rank(self._count))
-        if count and trainer.is_global_zero:
+        keys = [key for part in every_rank(self._keys) for key in part]
+        if keys and trainer.is_global_zero:
             files = self._skipped.with_stem("skipped*") if trainer.world_size > 1 else self._skipped
+            count = len(set(keys))
             were = "sample was" if count == 1 else "samples were"
-            print(f"{count} damaged {were} skipped: {files} names them", file=sys.stderr, flush=True)
+            often = f", {len(keys)} times in all" if len(keys) > count else ""
+            print(f"{count} damaged {were} skipped{often}: {files} names them", file=sys.stderr, flush=True)
+
+
+def encode_keys(keys: Sequence[str]) -> str:
+    """Return keys as one cell, separated by spaces; `trainer.report.traces` reads it."""
+    return " ".join(key.replace("%", "%25").replace(" ", "%20") for key in keys)
 
 
 def _append(path: Path, row: Sequence[Any]) -> None:

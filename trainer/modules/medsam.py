@@ -109,11 +109,17 @@ class MedSAMModule(LightningModule):
         ):
             raise UserError("schedule cosine needs to know the end: set trainer.max_steps or trainer.max_epochs")
         datamodule = self.trainer.datamodule
+        for name, alone in (("clip_length", 1), ("negatives_per_image", 0)):
+            if stage == "fit" and getattr(datamodule, name, alone) != alone:
+                given = getattr(datamodule, name)
+                raise UserError(
+                    f"data.init_args.{name} {given}: MedSAMModule prompts single images with boxes: leave it out"
+                )
         empty = datamodule.without_targets("train") if stage == "fit" and datamodule is not None else 0
         if empty:
             raise UserError(
-                f"{datamodule.folders['train']}: {empty} samples have no target, so no box to prompt with: "
-                "build the shards with `slices: {keep: nonempty}`"
+                f"{datamodule.folders['train']}: {empty} samples have no target, so no box to prompt with: set "
+                "data.init_args.only_with_targets to true, or build the shards with `slices: {keep: nonempty}`"
             )
 
     def forward(self, batch: TripletBatch, epoch: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,7 +55,18 @@ def subject(data: RunData) -> str:
 def limits(data: RunData) -> list[str]:
     """What statistics and split do not show; one sentence or two each."""
     rows = data.scores()
-    return [note for note in (_dependence(rows, data), _overlap(rows, data), _unmatched(data)) if note]
+    return [note for note in (_dependence(rows, data), _overlap(rows, data), _unmatched(data), _skipped(data)) if note]
+
+
+def _skipped(data: RunData) -> str:
+    """How many samples are missing because they were damaged."""
+    notes = []
+    if data.skipped:
+        notes.append(f"{count(len(data.skipped), 'sample')} could not be read and were skipped in training.")
+    unscored = {key for one in (data.before, data.after) if one for key in one.record.get("skipped") or ()}
+    if unscored:
+        notes.append(f"{count(len(unscored), 'sample')} of the evaluated split could not be read and were not scored.")
+    return " ".join(notes)
 
 
 def few_volumes(data: RunData) -> str:

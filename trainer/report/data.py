@@ -14,7 +14,7 @@ from trainer.report.curves import Curve, read_curves
 from trainer.report.panels import Panel, load_panels
 from trainer.report.records import read_export, read_record, read_stages
 from trainer.report.statistics import Comparison, compare
-from trainer.report.traces import read_traces
+from trainer.report.traces import read_skipped, read_traces
 from trainer.run import Run, opening
 from trainer.scores import CaseScore, read_scores
 
@@ -58,6 +58,7 @@ class RunData:
         exports: Every ``export.json``, with its ``format``.
         trained: Keys of the samples that were trained on; None if that was not recorded.
         steps: Optimiser steps that were trained; None if not a single one was recorded.
+        skipped: Keys of the samples that could not be read in training, and were left out.
     """
 
     name: str
@@ -74,6 +75,7 @@ class RunData:
     exports: tuple[dict[str, Any], ...] = ()
     trained: frozenset[str] | None = None
     steps: int | None = None
+    skipped: frozenset[str] = frozenset()
 
     def pairs(self) -> list[tuple[CaseScore, CaseScore]]:
         """Targets with a score before and after, in the order of the second evaluation."""
@@ -176,6 +178,7 @@ def read_run(run: Run) -> RunData:
         exports=tuple(read_export(path) for path in sorted(run.exports.glob("*/export.json"))),
         trained=traced[0] if traced else None,
         steps=(traced[1] if traced else 0) or logged or None,
+        skipped=read_skipped(run.root),
     )
 
 

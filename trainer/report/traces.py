@@ -26,6 +26,23 @@ def read_traces(root: Path) -> tuple[frozenset[str], int] | None:
     return (frozenset(keys), steps) if paths else None
 
 
+def read_skipped(root: Path) -> frozenset[str]:
+    """Return the keys that ``skipped.csv`` of a run and those of its other ranks name.
+
+    Raises:
+        UserError: A table is damaged.
+    """
+    paths = sorted(root.glob("skipped*.csv"))
+    return frozenset(
+        key for path in paths for key in read_rows(path, lambda row: row["key"], "list of skipped samples")
+    )
+
+
+def decode_keys(text: str) -> list[str]:
+    """Return the keys in a cell of a trace."""
+    return [key.replace("%20", " ").replace("%25", "%") for key in text.split()]
+
+
 def read_order(root: Path) -> dict[tuple[int, int], list[str]]:
     """Return which samples each optimiser step learnt from, over all ranks and in the order of the epoch.
 
@@ -55,8 +72,8 @@ def read_order(root: Path) -> dict[tuple[int, int], list[str]]:
 
 def _line(row: Row) -> tuple[int, int, int, int, list[str]]:
     numbers = (int(row.get("attempt") or 0), int(row["epoch"]), int(row["batch"]), int(row["step"]))
-    return (*numbers, row["keys"].split())
+    return (*numbers, decode_keys(row["keys"]))
 
 
 def _batch(row: Row) -> tuple[int, list[str]]:
-    return int(row["step"]), row["keys"].split()
+    return int(row["step"]), decode_keys(row["keys"])
