@@ -94,7 +94,7 @@ class TripletDataModule(LightningDataModule):
         self.cache, self.cache_gb = cache, cache_gb
         self.shards: dict[str, ShardDataset] = {}
         self._order: tuple[Index, EpochOrder] | None = None
-        self._loaders: list[TripletLoader] = []
+        self._loaders: dict[str, TripletLoader] = {}
 
     def setup(self, stage: str) -> None:
         """Open the indices of the splits that this stage needs, and set the number of accumulation steps."""
@@ -118,6 +118,7 @@ class TripletDataModule(LightningDataModule):
             self._train_sampler()  # batches that do not divide are refused before anything is written
             self.trainer.accumulate_grad_batches = self.accumulation(self.trainer.world_size)
             self._check_limit()
+            self._say_what_is_left_out()
             if "val" not in self.shards:
                 self.trainer.limit_val_batches = 0  # otherwise Lightning wonders about an empty loader
 
@@ -150,8 +151,7 @@ class TripletDataModule(LightningDataModule):
             view: SampleView = ClipView(shards, *clips, *draw, self.negatives_per_image, self.on_damage)
         else:
             view = SampleView(shards, *draw, self.kinds, self.negatives_per_image, self.on_damage)
-        self.teardown("fit")  # where the training's loader is made anew, the old one's workers end
-        loader = self._loader(view, self._train_sampler(), shards.index.sha256)
+        loader = self._loader("train", view, self._train_sampler(), shards.index.sha256)
         loader.steps_per_epoch = self.steps_per_epoch
         return loader
 
@@ -170,7 +170,7 @@ class TripletDataModule(LightningDataModule):
     def teardown(self, stage: str) -> None:
         """Stop the workers of all loaders."""
         while self._loaders:
-            self._loaders.pop().close()
+            self._loaders.popitem()[1].close()
 
     def on_exception(self, exception: BaseException) -> None:
         """Stop the workers of all loaders; Lightning calls this when a run breaks down."""
@@ -197,6 +197,14 @@ class TripletDataModule(LightningDataModule):
                 f"trainer.limit_train_batches {limit}: {batches} batches are no whole steps of {passes}: "
                 f"choose a multiple of {passes}"
             )
+
+    def _say_what_is_left_out(self) -> None:
+        """Name what the recipe leaves out of a training: nothing is skipped in silence."""
+        eligible = self._eligible()
+        if eligible is not None and self._rank()[0] == 0:
+            why = "do not begin a whole clip" if self.clip_length > 1 else f"have no target of kind '{self.kinds}'"
+            counts = f"{int((~eligible).sum()):,} of {len(eligible):,} samples"
+            print(f"data.init_args.train: {counts} {why}: they are left out", file=sys.stderr)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Check that the state of a train loader was made with this order of these samples.
@@ -244,15 +252,16 @@ class TripletDataModule(LightningDataModule):
     def _evaluation(self, split: str) -> TripletLoader:
         shards = self.shards[split]
         view = SampleView(shards, kinds=self.kinds, on_damage=self.on_damage)
-        return self._loader(view, EvenSampler(len(shards), self.micro_batch_size, *self._rank()))
+        return self._loader(split, view, EvenSampler(len(shards), self.micro_batch_size, *self._rank()))
 
     def _loader(
-        self, view: SampleView, sampler: GlobalOrderSampler | EvenSampler, data_hash: str = ""
+        self, split: str, view: SampleView, sampler: GlobalOrderSampler | EvenSampler, data_hash: str = ""
     ) -> TripletLoader:
+        if split in self._loaders:  # made anew: the old one's workers end
+            self._loaders[split].close()
         pinned = torch.cuda.is_available()
-        loader = TripletLoader(view, sampler, self.num_workers, pinned, data_hash, self.max_damaged)
-        self._loaders.append(loader)
-        return loader
+        self._loaders[split] = TripletLoader(view, sampler, self.num_workers, pinned, data_hash, self.max_damaged)
+        return self._loaders[split]
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

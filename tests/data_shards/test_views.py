@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from test_triplet import make, values
 
 from data_shards.ahead import OneAhead
@@ -318,6 +319,20 @@ def test_the_data_module_trains_on_what_is_chosen(volumes: Path) -> None:
     assert any(repeat for batch in weighted.train_dataloader() for repeat in batch.repeats)
     absent = module(volumes, negatives_per_image=1)
     assert sum(len(batch.absent_terms) for batch in absent.train_dataloader()) == 14
+
+
+def test_what_is_left_out_of_a_training_is_said(volumes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, line in (
+        ({}, ""),
+        ({"only_with_targets": True, "kinds": "instance"}, "7 of 14 samples have no target of kind 'instance'"),
+        ({"clip_length": 3}, "6 of 14 samples do not begin a whole clip"),
+    ):
+        found = TripletDataModule(train=str(volumes), batch_size=2, seed=0, **options)
+        found.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        found.setup("fit")
+        said = capsys.readouterr().err.splitlines()
+        expected = [f"data.init_args.train: {line}: they are left out"] if line else []
+        assert [text for text in said if text.startswith("data.")] == expected
 
 
 def test_the_data_module_refuses_what_cannot_be(volumes: Path) -> None:

@@ -136,7 +136,7 @@ def settle(checkpoint: dict[str, Any], datamodule: TripletDataModule, ranks: int
     """
     loop = checkpoint["loops"]["fit_loop"]
     states = loop.get("state_dict", {}).get("combined_loader")
-    if not states or "samples" not in states[0]:
+    if not states or "samples" not in states[0] or not datamodule.steps_per_epoch:
         return
     done, passes = checkpoint["global_step"], datamodule.accumulation(ranks)
     epoch, steps = divmod(done, datamodule.steps_per_epoch)

@@ -38,7 +38,7 @@ class SampleTrace(Callback):
             path.with_stem(f"{path.stem}-rank{trainer.global_rank}") if trainer.global_rank else path
             for path in (run.trace, run.skipped)
         )
-        self._attempt = every_rank(1 + _last_attempt(run.trace))[0]
+        self._attempt = every_rank(1 + _last_attempt(run.trace) if trainer.is_global_zero else 0)[0]
         self._keys: list[str] = []
         self._columns = _columns(self._path)
         if not self._columns:
