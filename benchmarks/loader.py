@@ -24,9 +24,9 @@ The last line is one JSON object:
   ratio_to_reference  {"png", "zstd"}: `loader` divided by that of "reference_1024"
   bar                 {"samples_per_second_per_core", "needed", "met"}: `loader` of "zstd"
   wait_share          share of a training's time that is spent waiting for the next batch, but for the first of an
-                      epoch, with zstd and two workers, by milliseconds a step takes for each of its 8 images. The step is a product of matrices that keeps
-                      the main process busy. No model is that fast on a CPU: 30 ms suits a small model on a GPU, 7 ms is
-                      MedSAM's training at 45 % of an H200
+                      epoch, with zstd and two workers, by milliseconds a step takes for each of its 8 images. The step
+                      is a product of matrices that keeps the main process busy. No model is that fast on a CPU: 30 ms
+                      suits a small model on a GPU, 7 ms is MedSAM's training at 45 % of an H200
   wait_bar            {"share", "needed", "met"}: `wait_share` at 30 ms
   readers             other readers on the same shards: see `benchmarks/readers.py`
 """
