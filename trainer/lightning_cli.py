@@ -90,7 +90,11 @@ class RecipeParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Turn a parser's complaint into a `UserError`, with the file and the nearest key."""
-        raise UserError(explain(message, self.keys, self.recipes)) from ex
+        own = {action.dest for action in self._actions} - {"help"}
+        # The parser of a mapping inside of a class, such as `sampling`, knows that mapping's keys alone.
+        whole = {"trainer", "subcommand"} & {key.split(".")[0] for key in own}
+        keys = self.keys if whole or not own else own
+        raise UserError(explain(message, keys, self.recipes)) from ex
 
 
 class RecipeCLI(LightningCLI):
@@ -330,9 +334,9 @@ def explain(message: str, keys: set[str], recipes: list[str]) -> str:
         recipes: The recipes that were read: the file with the offending key is named.
     """
     text = " ".join(message.split())
-    inner = re.search(r"unknown key '.*?'(; (did you mean '[^']*'\?|known: [\w, ]+))?", text)
+    inner = re.search(r"unknown key '(.*?)'(; (did you mean '[^']*'\?|known: [\w, ]+))?", text)
     if inner:  # an inner parser has explained it, and the outer ones have wrapped that
-        return inner.group()
+        return f"{_file_with(inner.group(1), recipes)}{inner.group()}"
     named = re.search(r'Parser key "([\w.]+)"', text)
     # of a union's complaints, wrapped in those of outer unions, the innermost and first says what is wrong
     text = text.rsplit("Errors: - ", 1)[-1].split(" - Expected a <class 'NoneType'>")[0]

@@ -291,3 +291,13 @@ def test_every_command_has_help(command, trainer_command):
     assert (code, err) == (0, "")
     assert out.startswith("usage: trainer ")
     assert f"\n  trainer {command} " in out, "an example on a line of its own"
+
+
+def test_a_typo_inside_a_mapping_names_file_and_key(tiny_recipe, trainer_command, tmp_path):
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text("# Is it balanced?\ndata: {init_args: {sampling: {by: modality, powr: 0.5}}}\n")
+    line = the_only_line(*trainer_command("fit", "-c", tiny_recipe, "-c", overlay)[::2])
+    assert f"recipe {overlay}: unknown key 'powr'; did you mean 'power'?" in line
+    typo = ("--data.init_args.sampling", "{by: modality, wieghts: {CT: 1}}")
+    line = the_only_line(*trainer_command("fit", "-c", tiny_recipe, *typo)[::2])
+    assert "unknown key 'wieghts.CT'; did you mean 'weights'?" in line
