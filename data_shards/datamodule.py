@@ -129,18 +129,21 @@ class TripletDataModule(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps in one epoch, as `limit_train_batches` leaves them."""
-        steps = len(self._train_order()) // self.batch_size
         if self.trainer is None:
-            return steps
-        passes, limit = self.accumulation(self.trainer.world_size), self.trainer.limit_train_batches
-        batches = min(steps * passes, limit) if isinstance(limit, int) else int(steps * passes * limit)
-        return batches // passes
+            return len(self._train_order()) // self.batch_size
+        return self._batches() // self.accumulation(self.trainer.world_size)
+
+    def _batches(self) -> int:
+        """Micro-batches of each rank in one epoch, as `limit_train_batches` leaves them."""
+        limit = self.trainer.limit_train_batches
+        whole = len(self._train_order()) // self.batch_size * self.accumulation(self.trainer.world_size)
+        return min(whole, limit) if isinstance(limit, int) else int(whole * limit)
 
     def without_targets(self, split: str) -> int:
         """Number of samples of an opened split that are used and have no target of the kinds that are."""
-        index = self.shards[split].index
-        used = self._eligible() if split == "train" else None
-        return int((~with_target(index, self.kinds) & (True if used is None else used)).sum())
+        empty = ~with_target(self.shards[split].index, self.kinds)
+        used = self._train_order().positions if split == "train" else None
+        return int(empty.sum() if used is None else empty[used].sum())
 
     def train_dataloader(self) -> TripletLoader:
         """Loader in the epoch's global order, resumable."""
@@ -190,8 +193,7 @@ class TripletDataModule(LightningDataModule):
         limit, passes = self.trainer.limit_train_batches, self.accumulation(self.trainer.world_size)
         if self.trainer.overfit_batches:
             raise UserError("trainer.overfit_batches is not supported: take trainer.limit_train_batches and max_epochs")
-        whole = len(self._train_order()) // self.batch_size * passes
-        batches = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
+        batches = self._batches()
         if batches % passes and not self.trainer.fast_dev_run:
             raise UserError(
                 f"trainer.limit_train_batches {limit}: {batches} batches are no whole steps of {passes}: "
@@ -200,10 +202,10 @@ class TripletDataModule(LightningDataModule):
 
     def _say_what_is_left_out(self) -> None:
         """Name what the recipe leaves out of a training: nothing is skipped in silence."""
-        eligible = self._eligible()
-        if eligible is not None and self._rank()[0] == 0:
+        total, used = len(self.shards["train"]), self._train_order().positions
+        if used is not None and len(used) < total and self._rank()[0] == 0:
             why = "do not begin a whole clip" if self.clip_length > 1 else f"have no target of kind '{self.kinds}'"
-            counts = f"{int((~eligible).sum()):,} of {len(eligible):,} samples"
+            counts = f"{total - len(used):,} of {total:,} samples"
             print(f"data.init_args.train: {counts} {why}: they are left out", file=sys.stderr)
 
     def check_state(self, state: Mapping[str, Any]) -> None:

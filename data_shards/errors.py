@@ -66,9 +66,9 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def counted(count: int, noun: str) -> str:
-    """Return a number with its noun, as ``1 sample`` or ``2,000 samples``."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, as ``1 sample`` or ``2,000 samples``; a plural may be another than with an s."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def run_command(main: Callable[[], int | None], name: str) -> int:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from data_shards.errors import UserError, nearest
-from data_shards.index_file import ARRAYS, INDEX_VERSION, MAX_INDEX, read_arrays, write_arrays
-from data_shards.stores.base import INDEX_NAME
+from data_shards.index_file import ARRAYS, INDEX_VERSION, read_arrays, write_arrays
+from data_shards.stores.base import INDEX_NAME, MAX_INDEX
 from data_shards.stores.local import LocalStore
 from data_shards.triplet import KINDS
 

@@ -60,8 +60,6 @@ _SINCE = {
         "datasets", "volumes", "dtypes", "layout",
     ),
 }  # fmt: skip
-MAX_INDEX = 2**32
-"""Bytes of the largest index that is read: some twenty million samples."""
 _ALIGNED = 64
 _TEXT_CHUNK = 2**20
 _LIMITS = {
@@ -105,7 +103,7 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], str]:
     copied another one over it would end the run with a bus error and no word.
 
     Args:
-        path: A plain file of at most `MAX_INDEX` bytes.
+        path: A plain file of at most `stores.base.MAX_INDEX` bytes.
 
     Raises:
         OSError: The file cannot be read.

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from data_shards.ahead import OneAhead
 from data_shards.batch import TripletBatch, collate
-from data_shards.errors import UserError
+from data_shards.errors import UserError, counted
 from data_shards.sampler import EvenSampler, GlobalOrderSampler
 from data_shards.views import SampleView
 
@@ -143,10 +143,9 @@ class TripletLoader:
     def _check_damage(self, damaged: int, reason: str) -> None:
         """Stop before a run learns from what happens to be left of its data."""
         if damaged > math.ceil(self.sampler.micro_batch * len(self.sampler) * self.max_damaged):
-            were = "sample" if damaged == 1 else "samples"
             raise UserError(
-                f"{damaged} damaged {were} in one epoch on one rank: data.init_args.max_damaged ({self.max_damaged:g}) "
-                f"allows fewer; the last one: {reason}"
+                f"{counted(damaged, 'damaged sample')} in one epoch on one rank: data.init_args.max_damaged "
+                f"({self.max_damaged:g}) allows fewer; the last one: {reason}"
             )
 
     def _samples_seen(self) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -99,13 +100,8 @@ def _image_of_jpeg(data: bytes) -> np.ndarray:
 
 
 def _image_of_png(data: bytes) -> np.ndarray:
-    from PIL.PngImagePlugin import PngImageFile
-
     shape, depth, colour = _png_header(data)
-    with PngImageFile(io.BytesIO(data)) as picture:
-        _check_png(picture, shape)
-        picture.load()
-        _check_upright(picture)
+    with _png(data, shape) as picture:
         if colour == _PALETTE:
             return _opaque(np.asarray(picture.convert("RGBA")))
         array = np.asarray(picture)
@@ -122,13 +118,8 @@ def _image_of_png(data: bytes) -> np.ndarray:
 
 
 def _labels_of_png(data: bytes) -> np.ndarray:
-    from PIL.PngImagePlugin import PngImageFile
-
     shape, depth, colour = _png_header(data)
-    with PngImageFile(io.BytesIO(data)) as picture:
-        _check_png(picture, shape)
-        picture.load()
-        _check_upright(picture)
+    with _png(data, shape) as picture:
         array = np.array(picture)  # of a palette the numbers
     if colour in (_GREY_ALPHA, _RGBA):
         array = _opaque(array)
@@ -157,11 +148,19 @@ def _png_header(data: bytes) -> tuple[tuple[int, ...], int, int]:
     return shape, depth, colour
 
 
-def _check_png(picture: Image, shape: tuple[int, ...]) -> None:
-    if picture.size != shape[1::-1]:
-        raise UserError("has two sizes")
-    if getattr(picture, "n_frames", 1) > 1:
-        raise UserError("moves: save one picture of it")
+@contextmanager
+def _png(data: bytes, shape: tuple[int, ...]) -> Iterator[Image]:
+    """Open and decode a PNG whose header declares an image of a shape."""
+    from PIL.PngImagePlugin import PngImageFile
+
+    with PngImageFile(io.BytesIO(data)) as picture:
+        if picture.size != shape[1::-1]:
+            raise UserError("has two sizes")
+        if getattr(picture, "n_frames", 1) > 1:
+            raise UserError("moves: save one picture of it")
+        picture.load()
+        _check_upright(picture)
+        yield picture
 
 
 def _check_upright(picture: Image) -> None:

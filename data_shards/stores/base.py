@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +11,8 @@ from data_shards.errors import UserError
 from data_shards.strict import is_text, show
 
 INDEX_NAME = "index.npz"
+MAX_INDEX = 2**32
+"""Bytes of the largest index that is read: some twenty million samples."""
 
 
 class Store(Protocol):
@@ -76,6 +78,16 @@ def shard_problem(path: str, found: Found | None, size: int) -> str | None:
         had = f"{found.size} bytes instead of {size}"
         return f"{path}: the shard has {had}: copy it again, or build the corpus again"
     return None
+
+
+def shard_problems(
+    root: str, names: Iterable[str], sizes: Iterable[int], founds: Iterable[Found | None]
+) -> Iterator[str]:
+    """Yield what is wrong with shards; see `shard_problem`."""
+    for name, size, found in zip(names, sizes, founds, strict=True):
+        problem = shard_problem(f"{root}/{name}", found, int(size))
+        if problem:
+            yield problem
 
 
 def check_name(name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_shards.stores.base import INDEX_NAME, Found, check_name, shard_problem
+from data_shards.stores.base import INDEX_NAME, Found, check_name, shard_problems
 
 _MAX_OPEN = 256
 """Files kept open by one store; beyond it a file is opened for each read."""
@@ -90,16 +90,7 @@ class LocalStore:
 
     def missing(self, names: Sequence[str], sizes: Sequence[int]) -> Iterator[str]:
         """Yield one line for each shard that does not exist with its recorded size."""
-        for name, size in zip(names, sizes, strict=True):
-            path = self.folder / str(name)
-            try:
-                status = os.stat(path)  # noqa: PTH116  # twice as fast as the method
-                found = Found(stat.S_ISREG(status.st_mode), status.st_size)
-            except OSError:
-                found = None
-            problem = shard_problem(str(path), found, int(size))
-            if problem:
-                yield problem
+        return shard_problems(self.root, names, sizes, map(self._found, names))
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Read a span of a shard; shorter where the shard ends.
@@ -126,6 +117,13 @@ class LocalStore:
     def close(self) -> None:
         """Close the shards; a later read opens them again."""
         self._files.close()
+
+    def _found(self, name: str) -> Found | None:
+        try:
+            status = os.stat(self.folder / str(name))  # noqa: PTH116  # twice as fast as the method
+        except OSError:
+            return None
+        return Found(stat.S_ISREG(status.st_mode), status.st_size)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OpenFiles()}

@@ -17,14 +17,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_shards.errors import UserError
-from data_shards.stores.base import INDEX_NAME, check_name, shard_problem
+from data_shards.stores.base import INDEX_NAME, MAX_INDEX, check_name, shard_problems
 from data_shards.stores.cache import SpanCache, default_cache
 from data_shards.stores.fetch import Info, RemoteFiles
 from data_shards.strict import read_json
 
 _POINTER = "remote.json"
 _MAX_POINTER = 2**16
-_MAX_INDEX = 2**32
 _PART = 2**25
 """Bytes of an index that one request fetches."""
 _STALE = 24 * 3600
@@ -84,10 +83,7 @@ class RemoteStore:
             UserError: The URL cannot be read at all.
         """
         names = [check_name(name) for name in names]
-        for name, size, found in zip(names, sizes, self._files.found(names), strict=True):
-            problem = shard_problem(f"{self.root}/{name}", found, int(size))
-            if problem:
-                yield problem
+        return shard_problems(self.root, names, sizes, self._files.found(names))
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Read a span of a shard, from the cache if it is there; shorter where the shard ends.
@@ -130,8 +126,8 @@ class RemoteStore:
                 f"{self.root}: no {INDEX_NAME} here: name the folder of one split, such as {self.root}/train, or make "
                 "an index with `data-shards index` and copy it there"
             ) from error
-        if not info.found.is_file or info.found.size is None or not 0 < info.found.size <= _MAX_INDEX:
-            raise UserError(f"{self.root}/{INDEX_NAME}: not a file of at most {_MAX_INDEX} bytes: copy it there again")
+        if not info.found.is_file or info.found.size is None or not 0 < info.found.size <= MAX_INDEX:
+            raise UserError(f"{self.root}/{INDEX_NAME}: not a file of at most {MAX_INDEX} bytes: copy it there again")
         return info
 
     def _kept_index(self, info: Info) -> Path | None:

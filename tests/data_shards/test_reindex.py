@@ -19,11 +19,12 @@ import pytest
 import webdataset
 from PIL import Image
 from pycocotools import mask as coco_mask
+from toy import command_of
 
 from data_shards import progress, reindex
 from data_shards.cli import main
 from data_shards.dataset import ShardDataset
-from data_shards.errors import CommandParser, run_command
+from data_shards.errors import CommandParser
 from data_shards.foreign import Layout
 from data_shards.index import Index
 from data_shards.manifest import MANIFEST_NAME
@@ -43,16 +44,7 @@ Run = Callable[..., tuple[int, str, str]]
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the command: (exit code, stdout, stderr)."""
     monkeypatch.setenv("COLUMNS", "100")
-    parser = CommandParser(prog="data-shards index")
-    reindex.add_arguments(parser)
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run_command(lambda: reindex.run(parser.parse_args(list(map(str, arguments)))), "data-shards")
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
+    return command_of(reindex, "index", capsys)
 
 
 def write(folder: Path, samples: list[dict[str, Any]], size: int = 5) -> Path:

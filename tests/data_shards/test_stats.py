@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_inspect import words
+from toy import command_of
 
 from data_shards import stats
 from data_shards.counts import QUANTILES, _grouped, count_corpus
 from data_shards.dataset import ShardDataset
-from data_shards.errors import CommandParser, run_command
 from data_shards.index import Index
 from data_shards.scan import write_index
 from data_shards.stats_plots import draw
@@ -34,16 +34,7 @@ AT = (0, 0.05, 0.5, 0.95, 1)
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the command: (exit code, stdout, stderr)."""
     monkeypatch.setenv("COLUMNS", "100")
-    parser = CommandParser(prog="data-shards stats")
-    stats.add_arguments(parser)
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run_command(lambda: stats.run(parser.parse_args(list(map(str, arguments)))), "data-shards")
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
+    return command_of(stats, "stats", capsys)
 
 
 def sample(number: int, rng: np.random.Generator) -> Triplet:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import yaml
+
+from data_shards.errors import CommandParser, run_command
 
 # LPS: array axes (x, y, z) run to the patient's left, back and head; voxels of 0.5 × 0.75 × 2 mm.
 LPS_AFFINE = np.diag([-0.5, -0.75, 2.0, 1.0])
@@ -60,3 +64,17 @@ def write_spec(path: Path, **changes: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(spec))
     return path
+
+
+def command_of(module: Any, name: str, capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs a command of `data-shards` by its module: (exit code, stdout, stderr)."""
+    parser = CommandParser(prog=f"data-shards {name}")
+    module.add_arguments(parser)
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run_command(lambda: module.run(parser.parse_args(list(map(str, arguments)))), "data-shards")
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command

@@ -27,8 +27,7 @@ from data_shards.order import Sampling, epoch_order
 from data_shards.scan import write_index
 from data_shards.triplet import Provenance, Target, Triplet
 from data_shards.writer import ShardWriter
-from trainer.callbacks.trace import encode_keys
-from trainer.report.traces import decode_keys, read_order
+from trainer.report.traces import decode_keys, encode_keys, read_order
 
 COUNT, BATCH, EPOCHS = 123, 8, 2
 STEPS = COUNT // BATCH

@@ -10,7 +10,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data_shards.batch import TripletBatch
-from data_shards.errors import UserError
+from data_shards.errors import UserError, counted
 from trainer.callbacks.record import describe_data
 from trainer.modules.medsam import MedSAMModule, Prediction
 from trainer.ranks import every_rank
@@ -77,8 +77,8 @@ class EvaluationRecord(Callback):
         described = describe_evaluation(trainer, pl_module, name, scores)
         write_json(folder / "evaluation.json", {**described, "skipped": skipped})
         if skipped:
-            were = "sample was" if len(skipped) == 1 else "samples were"
-            print(f"{len(skipped)} damaged {were} not scored: {folder / 'evaluation.json'} names them")
+            what = counted(len(skipped), "damaged sample was", "damaged samples were")
+            print(f"{what} not scored: {folder / 'evaluation.json'} names them")
         if kept:
             columns = {column: [item[column] for item in kept] for column in kept[0]}
             save_panels(folder / "panels.npz", **columns)

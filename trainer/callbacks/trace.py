@@ -13,8 +13,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data_shards.batch import TripletBatch
-from data_shards.errors import UserError
+from data_shards.errors import UserError, counted
 from trainer.ranks import every_rank
+from trainer.report.traces import encode_keys
 from trainer.run import Run
 
 COLUMNS = ("epoch", "batch", "step", "loss", "keys", "attempt")
@@ -82,15 +83,9 @@ class SampleTrace(Callback):
         keys = [key for part in every_rank(self._keys) for key in part]
         if keys and trainer.is_global_zero:
             files = self._skipped.with_stem("skipped*") if trainer.world_size > 1 else self._skipped
-            count = len(set(keys))
-            were = "sample was" if count == 1 else "samples were"
-            often = f", {len(keys)} times in all" if len(keys) > count else ""
-            print(f"{count} damaged {were} skipped{often}: {files} names them", file=sys.stderr, flush=True)
-
-
-def encode_keys(keys: Sequence[str]) -> str:
-    """Return keys as one cell, separated by spaces; `trainer.report.traces` reads it."""
-    return " ".join(key.replace("%", "%25").replace(" ", "%20") for key in keys)
+            what = counted(len(set(keys)), "damaged sample was", "damaged samples were")
+            often = f", {len(keys)} times in all" if len(keys) > len(set(keys)) else ""
+            print(f"{what} skipped{often}: {files} names them", file=sys.stderr, flush=True)
 
 
 def _append(path: Path, row: Sequence[Any]) -> None:

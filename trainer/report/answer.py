@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from data_shards.errors import counted
 from trainer.report.data import RunData
-from trainer.report.markup import count, interval, p_value, score, signed
+from trainer.report.markup import interval, p_value, score, signed
 from trainer.report.statistics import Comparison
 from trainer.scores import CaseScore, volume_of
 
@@ -48,8 +49,8 @@ def subject(data: RunData) -> str:
     noun = "slice" if all(row.volume != row.key for row in rows) else "image"
     kind = "unseen" if data.trained and not keys & data.trained else "test"
     if len(keys) == len(rows):
-        return count(len(keys), f"{kind} {noun}")
-    return f"{count(len(rows), 'target')} in {count(len(keys), f'{kind} {noun}')}"
+        return counted(len(keys), f"{kind} {noun}")
+    return f"{counted(len(rows), 'target')} in {counted(len(keys), f'{kind} {noun}')}"
 
 
 def limits(data: RunData) -> list[str]:
@@ -62,10 +63,11 @@ def _skipped(data: RunData) -> str:
     """How many samples are missing because they were damaged."""
     notes = []
     if data.skipped:
-        notes.append(f"{count(len(data.skipped), 'sample')} could not be read and were skipped in training.")
+        notes.append(f"{counted(len(data.skipped), 'sample')} could not be read and were skipped in training.")
     unscored = {key for one in (data.before, data.after) if one for key in one.record.get("skipped") or ()}
     if unscored:
-        notes.append(f"{count(len(unscored), 'sample')} of the evaluated split could not be read and were not scored.")
+        what = counted(len(unscored), "sample")
+        notes.append(f"{what} of the evaluated split could not be read and were not scored.")
     return " ".join(notes)
 
 
@@ -77,8 +79,8 @@ def few_volumes(data: RunData) -> str:
         return ""
     sliced = any(row.volume != row.key for row in rows)
     figure = "interval" if compared and compared.gain_ci95 else "mean"
-    of, these = (count(len(volumes), "volume"), "slices") if sliced else (count(len(volumes), "image"), "images")
-    return f"{count(len(rows), 'target')} of {of}: the {figure} describes these {these}, not other patients"
+    of, these = (counted(len(volumes), "volume"), "slices") if sliced else (counted(len(volumes), "image"), "images")
+    return f"{counted(len(rows), 'target')} of {of}: the {figure} describes these {these}, not other patients"
 
 
 def scored_unlike(data: RunData) -> str:
@@ -159,7 +161,7 @@ def _overlap(rows: Sequence[CaseScore], data: RunData) -> str:
     same = keys & data.trained
     if same:
         verb = "was" if len(same) == 1 else "were"
-        of = count(len(keys), "evaluated sample")
+        of = counted(len(keys), "evaluated sample")
         return f"{len(same)} of the {of} {verb} also trained on: the scores after tuning flatter."
     volumes = {row.volume for row in rows if row.volume != row.key} & {volume_of(key) for key in data.trained}
     if not volumes:

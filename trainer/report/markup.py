@@ -134,10 +134,5 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def count(number: int, singular: str, plural: str = "") -> str:
-    """``1 slice``, ``43 slices``."""
-    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
-
-
 def _style(name: str) -> str:
     return f' class="{name}"' if name else ""

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from data_shards.errors import counted
 from trainer.report.answer import answer, limits, scored_unlike
 from trainer.report.charts import MOST_LINES, line_chart, paired_plot
 from trainer.report.data import Evaluation, RunData
 from trainer.report.gate import gate_figure, gate_section
-from trainer.report.markup import Markup, code, count, duration, facts, paragraph, score, section, signed, table, text
+from trainer.report.markup import Markup, code, duration, facts, paragraph, score, section, signed, table, text
 from trainer.report.pictures import choose, draw
 from trainer.report.style import STYLE
 from trainer.scores import CaseScore
@@ -108,12 +109,12 @@ def _key_figures(data: RunData) -> str:
 def _before_after(data: RunData, name: str) -> tuple[str | Markup | None, str]:
     compared = data.compare(name)
     if compared:
-        small = f"{signed(compared.gain)} on {count(compared.count, 'target')}"
+        small = f"{signed(compared.gain)} on {counted(compared.count, 'target')}"
         return Markup(f'<span class="was">{score(compared.before)} →</span> {score(compared.after)}'), small
     only = data.after or data.before
     if only is None:
         return None, "not evaluated"
-    when = f"{'after' if data.after else 'before'} tuning, {count(len(only.scores), 'target')}"
+    when = f"{'after' if data.after else 'before'} tuning, {counted(len(only.scores), 'target')}"
     return score(fmean(getattr(row, name) for row in only.scores)), when
 
 
@@ -129,7 +130,7 @@ def _panels(data: RunData) -> str:
         for kind, name, how, mark in _LEGEND
     )
     note = (
-        f"{count(len(choices), 'target')} of the {kept} that were kept as pictures, from worst to best by DSC"
+        f"{counted(len(choices), 'target')} of the {kept} that were kept as pictures, from worst to best by DSC"
         f"{' after tuning' if data.after else ''}; the numbers are DSC."
     )
     figures = "\n".join(draw(choice, number) for number, choice in enumerate(choices))

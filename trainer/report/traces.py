@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.report.tables import Row, read_rows
@@ -36,6 +37,11 @@ def read_skipped(root: Path) -> frozenset[str]:
     return frozenset(
         key for path in paths for key in read_rows(path, lambda row: row["key"], "list of skipped samples")
     )
+
+
+def encode_keys(keys: Sequence[str]) -> str:
+    """Return keys as a cell of a trace, separated by spaces."""
+    return " ".join(key.replace("%", "%25").replace(" ", "%20") for key in keys)
 
 
 def decode_keys(text: str) -> list[str]:
