@@ -9,8 +9,17 @@ import numpy as np
 
 from data_shards.errors import UserError
 
-Purpose = Literal["negatives", "sampling", "repeats"]
-_TAGS: dict[Purpose, int] = {"negatives": 0x6E656761, "sampling": 0x73616D70, "repeats": 0x72657065}
+Purpose = Literal["negatives", "sampling", "repeats", "mixture", "box_noise", "points", "rough_masks", "clicks"]
+_TAGS: dict[Purpose, int] = {
+    "negatives": 0x6E656761,
+    "sampling": 0x73616D70,
+    "repeats": 0x72657065,
+    "mixture": 0x6D697874,
+    "box_noise": 0x626F7865,
+    "points": 0x706F696E,
+    "rough_masks": 0x726F7567,
+    "clicks": 0x636C6963,
+}
 """Set streams apart from each other, and from those of orders, targets and boxes, which begin with (seed, epoch)."""
 
 

@@ -134,7 +134,8 @@ def test_every_image_is_encoded_once_whatever_the_number_of_its_prompts(small, r
         provenances=[SimpleNamespace(modality="MR")] * 2,
     )
     with torch.no_grad():
-        logits, scores, _ = module(batch)
+        (answer,) = module(batch)
+        logits, scores = answer.logits, answer.scores
     assert logits.shape == (5, 64, 64)
     assert scores.shape == (5,)
     assert encoded == [2]

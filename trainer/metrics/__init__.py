@@ -1,5 +1,6 @@
-"""Metrics: overlap now, surfaces and statistics with evaluation."""
+"""Metrics: overlap and surfaces now, statistics with evaluation."""
 
 from trainer.metrics.overlap import overlap
+from trainer.metrics.surface import nsd
 
-__all__ = ["overlap"]
+__all__ = ["nsd", "overlap"]

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trainer.models.blocks import Block, encoder_blocks
 from trainer.models.preprocessing import Preprocessing
-from trainer.prompts import Prompts
+from trainer.prompts.base import Prompts
 
 
 class SegmentationModel(nn.Module, ABC):
@@ -20,6 +21,15 @@ class SegmentationModel(nn.Module, ABC):
     preprocessing: Preprocessing
     score_head: str
     """Name of the module that predicts a mask's quality; a loss on masks alone does not reach it."""
+    encoder = "image_encoder"
+    """Name of the image encoder."""
+    patch_embedding: tuple[str, ...]
+    """Names of the modules and parameters that make tokens of pixels, with their absolute positions."""
+
+    @property
+    @abstractmethod
+    def mask_side(self) -> int:
+        """Side h = w in pixels of the masks that `decode` gives, and that it takes as prompts."""
 
     @abstractmethod
     def encode(self, images: Tensor) -> Any:
@@ -27,19 +37,25 @@ class SegmentationModel(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, features: Any, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Predict mask logits (Q, M, h, w) and quality scores (Q, M)."""
+        """Predict mask logits (Q, M, h, w) and quality scores (Q, M) for prompts of one form."""
 
-    @abstractmethod
+    def blocks(self) -> tuple[Block, ...]:
+        """The encoder's transformer blocks, from the input on."""
+        return encoder_blocks(self)
+
     def layer_ids(self) -> dict[str, int]:
-        """Depth of every parameter by name, 0 at the input; heads share the highest number."""
+        """Depth of every parameter by name: patch embedding 0, blocks 1 to n, neck and heads n + 1."""
+        names = [block.name + "." for block in self.blocks()]
+        ids = {}
+        for name, _ in self.named_parameters():
+            inside = (depth for depth, block in enumerate(names, start=1) if name.startswith(block))
+            first = any(name == part or name.startswith(part + ".") for part in self.patch_embedding)
+            ids[name] = 0 if first else next(inside, len(names) + 1)
+        return ids
 
     @abstractmethod
     def at_size(self, image_size: int) -> SegmentationModel:
         """A copy with the same weights that takes another input side in pixels; adapters have been merged."""
-
-    @abstractmethod
-    def lora_targets(self) -> str:
-        """Regular expression over module names: where low-rank adapters go by default."""
 
     def train(self, mode: bool = True) -> SegmentationModel:
         """Switch training on or off; batch-norm statistics stay frozen either way.

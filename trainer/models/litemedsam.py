@@ -7,29 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from timm.layers import LayerNorm2d
 from timm.models.tiny_vit import TinyVit
 from torch import Tensor, nn
-from transformers.models.sam.configuration_sam import (
-    SamConfig,
-    SamMaskDecoderConfig,
-    SamPromptEncoderConfig,
-    SamVisionConfig,
-)
-from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder
 
 from data_shards.errors import UserError
-from trainer.models.base import SegmentationModel
 from trainer.models.preprocessing import Preprocessing
+from trainer.models.sam import WIDTH, SAMDecoding
 from trainer.models.sam_names import SAM_DECODER, rename
-from trainer.models.weights import load_strictly, read_weights
-from trainer.prompts import Prompts
+from trainer.models.weights import load_strictly, read_weights, source_of
 
 STRIDE = 4
 """Input pixels to a side of a feature."""
-WIDTH = 256
-"""Channels of the features."""
 ORIGINAL_SIZE = 256
 """Input side that the released weights were trained at, in pixels."""
 
@@ -80,7 +69,7 @@ class TinyViTEncoder(nn.Module):
         return encoded
 
 
-class LiteMedSAM(SegmentationModel):
+class LiteMedSAM(SAMDecoding):
     """LiteMedSAM: 9.79 M parameters, 5.73 M of them in the encoder; runs on a laptop.
 
     Args:
@@ -89,7 +78,7 @@ class LiteMedSAM(SegmentationModel):
         weights_sha256: What the weights file must hash to, in hexadecimal; optional.
     """
 
-    score_head = "mask_decoder.iou_prediction_head"
+    patch_embedding = ("image_encoder.trunk.patch_embed",)
 
     def __init__(
         self, image_size: int = ORIGINAL_SIZE, weights: str | None = "litemedsam", weights_sha256: str | None = None
@@ -99,40 +88,15 @@ class LiteMedSAM(SegmentationModel):
             raise UserError(f"image_size {image_size}: LiteMedSAM takes a multiple of 8 pixels, 32 or more")
         self.preprocessing = Preprocessing(image_size=image_size, resize="pad", scaling="minmax")
         self.image_encoder = TinyViTEncoder()
-        config = SamConfig(
-            vision_config=SamVisionConfig(image_size=image_size, patch_size=STRIDE, hidden_size=WIDTH),
-            prompt_encoder_config=SamPromptEncoderConfig(image_size=image_size, patch_size=STRIDE),
-            # 1e-5 as in the original's nn.LayerNorm; transformers' default of 1e-6 costs 0.014 in the logits
-            mask_decoder_config=SamMaskDecoderConfig(layer_norm_eps=1e-5),
-        )
-        # used outside a PreTrainedModel, nobody chooses the attention kernel: fused, as transformers would by itself
-        config.mask_decoder_config._attn_implementation = "sdpa"
-        self.prompt_encoder = SamPromptEncoder(config)
-        self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
-        # a buffer in the original, a parameter in transformers: it must never learn
-        self.prompt_encoder.shared_embedding.positional_embedding.requires_grad_(False)
-        if weights not in (None, "null", "None"):  # the command line has no other way to say null
-            load_strictly(self, from_original(read_weights(weights, weights_sha256)), weights)
+        self.add_decoder(image_size, STRIDE, layer_norm_eps=1e-5)  # 1e-6 would cost 0.014 in the logits
+        if (source := source_of(weights)) is not None:
+            load_strictly(self, from_original(read_weights(source, weights_sha256)), source)
         self.train()  # a module is born in training mode without this being called: batch-norm would not be frozen
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, S, S) into features (B, 256, S/4, S/4)."""
         features: Tensor = self.image_encoder(images)
         return features
-
-    def decode(self, features: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Predict one mask a prompt: logits (Q, 1, S, S) and predicted IoU (Q, 1)."""
-        sparse, dense = self.prompt_encoder(
-            input_points=None, input_labels=None, input_boxes=prompts.boxes[:, None], input_masks=None
-        )
-        masks, scores = self.mask_decoder(
-            image_embeddings=features[prompts.image_index],
-            image_positional_embeddings=self._positions(features.shape[-1]).expand(len(prompts), -1, -1, -1),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=False,
-        )
-        return masks[:, 0], scores[:, 0]
 
     def layer_ids(self) -> dict[str, int]:
         """Depth by name: patch embedding 0, the 12 blocks 1 to 12 (downsampling with the block after it), rest 13."""
@@ -155,18 +119,6 @@ class LiteMedSAM(SegmentationModel):
         load_strictly(copy, self.state_dict(), "of this model")
         copy.train(self.training)
         return copy
-
-    def lora_targets(self) -> str:
-        """The linear layers of every TinyViT block: attention's qkv and projection, the MLP's two."""
-        return r"image_encoder\.trunk\..*\.(qkv|proj|fc1|fc2)"
-
-    def _positions(self, side: int) -> Tensor:
-        """Positional encoding of the features' grid: (1, 256, side, side)."""
-        embedding = self.prompt_encoder.shared_embedding
-        ticks = (torch.arange(side, device=embedding.positional_embedding.device, dtype=torch.float32) + 0.5) / side
-        rows, columns = torch.meshgrid(ticks, ticks, indexing="ij")
-        encoded: Tensor = embedding(torch.stack([columns, rows], dim=-1))
-        return encoded.permute(2, 0, 1)[None]
 
 
 def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
+_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+"""Of ImageNet's colours, as SAM takes them."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -22,14 +26,16 @@ class Preprocessing:
     Attributes:
         image_size: Side S of the square input in pixels.
         resize: ``"pad"`` scales the longer side to S and pads bottom and right with zeros; ``"squash"`` scales both.
-        scaling: ``"minmax"`` maps each image's own range to [0, 1] (MedSAM, LiteMedSAM).
+        scaling: ``"minmax"`` maps each image's own range to [0, 1] (MedSAM, LiteMedSAM); ``"mean_std"`` takes 8-bit
+            images as they are, others with their own range mapped to [0, 255], and standardises with ImageNet's mean
+            and deviation (SAM).
         interpolation: Filter for images; always antialiased. Masks are taken nearest.
         channels: Number of input channels; grey images are repeated.
     """
 
     image_size: int
     resize: Literal["pad", "squash"] = "pad"
-    scaling: Literal["minmax"] = "minmax"
+    scaling: Literal["minmax", "mean_std"] = "minmax"
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     channels: int = 3
 
@@ -56,8 +62,14 @@ class Preprocessing:
             resized = F.interpolate(
                 stack.float(), self.input_size(*stack.shape[-2:]), mode=self.interpolation, antialias=True
             )
-            low, high = resized.amin((1, 2, 3), keepdim=True), resized.amax((1, 2, 3), keepdim=True)
-            scaled = (resized - low) / (high - low).clamp(min=1e-8)
+            if self.scaling == "mean_std" and stack.dtype == torch.uint8:
+                scaled = resized / 255
+            else:
+                low, high = resized.amin((1, 2, 3), keepdim=True), resized.amax((1, 2, 3), keepdim=True)
+                scaled = (resized - low) / (high - low).clamp(min=1e-8)
+            if self.scaling == "mean_std":
+                mean, std = (scaled.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
+                scaled = (scaled - mean) / std
             return self._pad(scaled.expand(-1, self.channels, -1, -1))
 
         return _by_size([image.to(device) for image in images], prepare)
@@ -98,6 +110,11 @@ class Preprocessing:
         inside = self._inside(sizes).to(boxes.device)
         scale = (sizes.to(inside) / inside).flip(1)
         return boxes * torch.cat([scale, scale], dim=1)
+
+    def points_to_native(self, points: Tensor, sizes: Tensor) -> Tensor:
+        """Bring points (Q, P, 2), as (x, y), from the input's pixels into native ones."""
+        inside = self._inside(sizes).to(points.device)
+        return points * (sizes.to(inside) / inside).flip(1)[:, None]
 
     def to_native(self, logits: Tensor, height: int, width: int) -> Tensor:
         """Bring mask logits (Q, h, w) of one image back to its native grid: (Q, height, width), bilinear."""

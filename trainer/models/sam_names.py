@@ -37,6 +37,21 @@ SAM_DECODER: Renaming = (
     ("mask_decoder.transformer.layers.#.norm#.", "mask_decoder.transformer.layers.#.layer_norm#."),
 )
 
+SAM_ENCODER: Renaming = (
+    ("image_encoder.patch_embed.proj.", "image_encoder.patch_embed.projection."),
+    ("image_encoder.blocks.#.norm1.", "image_encoder.layers.#.layer_norm1."),
+    ("image_encoder.blocks.#.norm2.", "image_encoder.layers.#.layer_norm2."),
+    ("image_encoder.blocks.#.", "image_encoder.layers.#."),
+    ("image_encoder.neck.0.", "image_encoder.neck.conv1."),
+    ("image_encoder.neck.1.", "image_encoder.neck.layer_norm1."),
+    ("image_encoder.neck.2.", "image_encoder.neck.conv2."),
+    ("image_encoder.neck.3.", "image_encoder.neck.layer_norm2."),
+)
+TRANSFORMERS: Renaming = (
+    ("vision_encoder.", "image_encoder."),
+    ("shared_image_embedding.", "prompt_encoder.shared_embedding."),
+)
+
 
 def rename(state: Mapping[str, Tensor], renaming: Renaming, *, to_original: bool = False) -> dict[str, Tensor]:
     """Rename a state dict's keys; keys that no pair matches are kept.

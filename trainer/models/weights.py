@@ -1,6 +1,6 @@
 """Where weights come from, and the proof that all of them arrived.
 
-A source is a pinned name (``litemedsam``), a local file, or a hub name ``owner/repository:file``.
+A source is a pinned name (``litemedsam``), a local file or folder, or a hub name ``owner/repository:file``.
 Nothing pickled is trusted: files are safetensors, or read with ``weights_only``.
 """
 
@@ -75,6 +75,11 @@ def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
     return _load(path)
 
 
+def source_of(weights: str | None) -> str | None:
+    """What a recipe names as weights; None is random ones, for which the command line has no name but ``null``."""
+    return None if weights in (None, "null", "None") else weights
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as handle:
@@ -126,6 +131,8 @@ def _locate(source: str) -> tuple[Path, str | None]:
     path = Path(source).expanduser()
     if path.is_file():
         return path, None
+    if path.is_dir():
+        return _in_folder(path), None
     hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+(?P<file>:[\w./-]+)?", source)
     looks_local = path.suffix in _FILE_ENDINGS or path.parent.is_dir()
     if hub_name and (hub_name["file"] or not looks_local):
@@ -135,6 +142,16 @@ def _locate(source: str) -> tuple[Path, str | None]:
             f"weights '{source}': no such name{nearest(source, PINNED)}; or give a file, or owner/repository:file"
         )
     raise UserError(f"weights {source}: no such file")
+
+
+def _in_folder(folder: Path) -> Path:
+    """The weights in a folder that transformers wrote."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    if any(folder.glob("*.index.json")):
+        raise UserError(f"weights {folder}: in several parts; save them in one: save_pretrained(max_shard_size='50GB')")
+    raise UserError(f"weights {folder}: no model.safetensors here; name a file, or a folder that save_pretrained wrote")
 
 
 def _from_hub(source: str) -> Path:
@@ -173,4 +190,5 @@ def _load(path: Path) -> dict[str, Tensor]:
         or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
     ):
         raise UserError(f"weights {path}: holds no state dict of tensors by name")
-    return state
+    prefix = "model."  # of a run's own checkpoint, whose module holds the model
+    return {name.removeprefix(prefix): value for name, value in state.items()}

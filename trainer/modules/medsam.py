@@ -1,4 +1,4 @@
-"""Fine-tuning of SAM-like models with box prompts (MedSAM, LiteMedSAM).
+"""Fine-tuning of SAM-like models with boxes, points, masks and corrections (MedSAM, LiteMedSAM).
 
 Shapes: B images, Q targets, S the model's input side, h w the decoder's mask side.
 """
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from data_shards.batch import TripletBatch
@@ -18,26 +17,10 @@ from trainer.losses import DiceCrossEntropy, resize_logits
 from trainer.metrics import overlap
 from trainer.models import SegmentationModel
 from trainer.modules.optimization import Schedule, adamw
-from trainer.prompts import BoxPrompts, Prompts
-from trainer.ranks import every_rank
-from trainer.scores import CaseScore
+from trainer.modules.scoring import Prediction, ScoredModule
+from trainer.prompts import BoxPrompts, Prompter, Prompts, Truth, prompts_of_targets
 from trainer.tuning import FullTuning, Tuning
-from trainer.tuning.base import freeze
-
-
-@dataclass
-class Prediction:
-    """Predicted masks of a batch at native resolution; not frozen, because Lightning moves it between devices.
-
-    Attributes:
-        masks: Q masks (H, W) bool on the device.
-        scores: (Q,) the model's own estimate of its IoU.
-        boxes: (Q, 4) the prompts, (x0, y0, x1, y1) in native pixels, on the CPU.
-    """
-
-    masks: list[Tensor]
-    scores: Tensor
-    boxes: Tensor
+from trainer.tuning.base import Decay, freeze
 
 
 def per_image_mean(values: Tensor, image_index: Tensor) -> Tensor:
@@ -47,16 +30,34 @@ def per_image_mean(values: Tensor, image_index: Tensor) -> Tensor:
     return (values * weights.to(values)).sum()
 
 
-class MedSAMModule(LightningModule):
-    """Trains a box-prompted model: every image is encoded once and all its targets are decoded from that.
+@dataclass(frozen=True)
+class Answer:
+    """What the decoder says to one round of prompts.
+
+    Attributes:
+        asked: The prompts.
+        logits: (Q, h, w) mask logits, in the order of the batch's targets.
+        scores: (Q,) predicted IoU.
+    """
+
+    asked: list[Prompts]
+    logits: Tensor
+    scores: Tensor
+
+
+class MedSAMModule(ScoredModule):
+    """Trains a promptable model: every image is encoded once and all its targets are decoded from that.
 
     Args:
         model: The foundation model.
         tuning: What learns, and how fast.
-        prompts: Boxes simulated from the truth.
+        prompts: What is asked, simulated from the truth; boxes as in MedSAM by default.
         loss: Loss on masks, per target.
+        score_weight: Factor on the squared error of the predicted IoU (1 in SAM). At 0, as in MedSAM, what predicts it
+            is frozen.
         lr: Learning rate of the heads (of everything, without layer decay).
-        weight_decay: AdamW's decay of matrices and kernels.
+        weight_decay: AdamW's decay.
+        decay: What decays: ``matrices`` and kernels, or ``all``, norms and biases too, as in MedSAM's code.
         betas: AdamW's averaging factors.
         schedule: ``constant`` or ``cosine``, after the warm-up.
         warmup_steps: Optimiser steps of linear warm-up.
@@ -66,31 +67,32 @@ class MedSAMModule(LightningModule):
         self,
         model: SegmentationModel,
         tuning: Tuning | None = None,
-        prompts: BoxPrompts | None = None,
+        prompts: Prompter | None = None,
         loss: DiceCrossEntropy | None = None,
+        score_weight: float = 0.0,
         lr: float = 1e-4,
         weight_decay: float = 0.01,
+        decay: Decay = "matrices",
         betas: tuple[float, float] = (0.9, 0.999),
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
-        if lr <= 0 or weight_decay < 0 or warmup_steps < 0 or not all(0 <= beta < 1 for beta in betas):
+        if lr <= 0 or min(weight_decay, warmup_steps, score_weight) < 0 or not all(0 <= beta < 1 for beta in betas):
             raise UserError(
-                f"lr {lr} is above 0, weight_decay {weight_decay} and warmup_steps {warmup_steps} are 0 or more, "
-                f"betas {betas} in [0, 1)"
+                f"lr {lr} is above 0, weight_decay {weight_decay}, warmup_steps {warmup_steps} and score_weight "
+                f"{score_weight} are 0 or more, betas {betas} in [0, 1)"
             )
         self.model = model
         self.tuning = tuning or FullTuning()
         self.prompts = prompts or BoxPrompts()
         self.loss = loss or DiceCrossEntropy()
-        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
+        self.score_weight = score_weight
+        self.lr, self.weight_decay, self.decay, self.betas = lr, weight_decay, decay, betas
         self.schedule, self.warmup_steps = schedule, warmup_steps
-        self.scores: list[tuple[int, CaseScore]] = []
-        """Rows of the evaluation that is running, on this rank, each with its sample's position in the corpus."""
         self.tuning.apply(self.model)
-        # as in MedSAM the loss is on masks alone; DDP would wait for a gradient that never comes
-        freeze(self.model, [self.model.score_head])
+        if not score_weight:  # a loss on masks alone does not reach it, and DDP would wait for its gradient
+            freeze(self.model, [self.model.score_head])
 
     def setup(self, stage: str) -> None:
         """Refuse training data that a box-prompted model cannot learn from.
@@ -122,115 +124,93 @@ class MedSAMModule(LightningModule):
                 "data.init_args.only_with_targets to true, or build the shards with `slices: {keep: nonempty}`"
             )
 
-    def forward(self, batch: TripletBatch, epoch: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Decode every target of a batch.
+    def forward(self, batch: TripletBatch, epoch: int | None = None) -> list[Answer]:
+        """Ask about every target of a batch, once or in rounds.
 
         Args:
             batch: B images with Q targets.
-            epoch: The epoch in training, None in evaluation: boxes are jittered accordingly.
-
-        Returns:
-            Mask logits (Q, h, w), predicted IoU (Q,), and boxes (Q, 4) in pixels of the model's input.
+            epoch: The epoch in training, None in evaluation: prompts are drawn accordingly.
         """
-        preprocessing = self.model.preprocessing
-        boxes, valid = preprocessing.boxes(batch.boxes, batch.sizes)
-        boxes = self.prompts(boxes, valid, batch.draws, epoch)
-        features = self.model.encode(preprocessing.images(batch.images, self.device))
-        asked = Prompts(image_index=batch.image_index.to(self.device), boxes=boxes.to(self.device))
-        logits, scores = self.model.decode(features, asked)
-        return logits[:, 0], scores[:, 0], boxes
+        return self._ask(batch, self._truth(batch), epoch)
 
     def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
-        """Loss averaged over each image's targets, then over images: the same however a step is cut into batches."""
+        """Loss averaged over each image's targets, then over images: the same however a step is cut into batches.
+
+        Where prompts come in rounds, every round's answer is learnt from alike (Kirillov et al. 2023, appendix A).
+        """
         if not batch.masks:  # every sample was damaged and skipped: nothing is learnt, and other ranks do not wait
             return torch.stack([(p * 0).sum() for p in self.parameters() if p.requires_grad]).sum()
-        logits, _, _ = self(batch, epoch=self.current_epoch)
-        side = self.model.preprocessing.image_size
-        logits = resize_logits(logits, (side, side))
-        truths = self.model.preprocessing.masks(batch.masks, self.device)
-        losses = {name: per_image_mean(value, batch.image_index) for name, value in self.loss(logits, truths).items()}
+        truth = self._truth(batch)
+        answers = self._ask(batch, truth, self.current_epoch)
+        rounds = [self._losses(answer, truth) for answer in answers]
+        losses = {name: torch.stack([part[name] for part in rounds]).mean() for name in rounds[0]}
         with torch.no_grad():
-            dsc, _ = overlap(logits > 0, truths)
+            side = self.model.preprocessing.image_size
+            dsc, _ = overlap(resize_logits(answers[-1].logits, (side, side)) > 0, truth.masks)
         shown = {f"train/{name}": value.detach() for name, value in losses.items()} | {"train/dsc": dsc.mean()}
         self.log_dict(shown, batch_size=len(batch.masks), on_step=True, on_epoch=False)
         return losses["loss"]
 
     @torch.no_grad()
     def predict_masks(self, batch: TripletBatch) -> Prediction:
-        """Predict every target of a batch at native resolution."""
+        """Predict every target of a batch at native resolution, from the answers of the last round."""
         if not batch.masks:
-            return Prediction(masks=[], scores=torch.zeros(0), boxes=torch.zeros(0, 4))
-        logits, scores, boxes = self(batch)
+            return Prediction.none()
         preprocessing, index = self.model.preprocessing, batch.image_index.tolist()
+        answers = self(batch)
+        first, last = answers[0], answers[-1]
         masks: list[Tensor] = []
         for image, tensor in enumerate(batch.images):
             mine = [q for q, owner in enumerate(index) if owner == image]
             if mine:
-                masks.extend(preprocessing.to_native(logits[mine], *tensor.shape[-2:]) > 0)
-        native = preprocessing.boxes_to_native(boxes, batch.sizes)
-        return Prediction(masks=masks, scores=scores, boxes=native)
+                masks.extend(preprocessing.to_native(last.logits[mine], *tensor.shape[-2:]) > 0)
+        boxes, points, labels = prompts_of_targets(first.asked, len(batch.masks))
+        return Prediction(
+            masks=masks,
+            scores=last.scores,
+            boxes=preprocessing.boxes_to_native(boxes, batch.sizes),
+            points=preprocessing.points_to_native(points, batch.sizes),
+            labels=labels,
+        )
 
-    def evaluation_step(self, batch: TripletBatch) -> Prediction:
-        """Predict, score every target at native resolution, and keep the rows."""
-        prediction = self.predict_masks(batch)
-        for q, (position, target) in enumerate(batch.identities):
-            image = int(batch.image_index[q])
-            dsc, iou = overlap(prediction.masks[q][None], batch.masks[q][None].to(self.device))
-            score = CaseScore(
-                key=batch.keys[image],
-                target=target,
-                term=batch.terms[q],
-                modality=batch.provenances[image].modality,
-                area_px=int(batch.masks[q].sum()),
-                dsc=float(dsc),
-                iou=float(iou),
-            )
-            self.scores.append((position, score))
-        return prediction
+    def _truth(self, batch: TripletBatch) -> Truth:
+        preprocessing = self.model.preprocessing
+        boxes, sizes = preprocessing.boxes(batch.boxes, batch.sizes)
+        masks = preprocessing.masks(batch.masks, self.device)
+        return Truth(batch.image_index, boxes, sizes, masks, batch.draws, self.model.mask_side)
 
-    def validation_step(self, batch: TripletBatch, batch_idx: int) -> None:
-        """Score a batch."""
-        self.evaluation_step(batch)
+    def _ask(self, batch: TripletBatch, truth: Truth, epoch: int | None) -> list[Answer]:
+        """Encode each image once, ask about all targets, and correct as often as the prompts say."""
+        features = self.model.encode(self.model.preprocessing.images(batch.images, self.device))
+        answers = [self._decode(features, self.prompts.first(truth, epoch), len(truth.draws))]
+        for correction in range(self.prompts.rounds(epoch)):
+            before = answers[-1]
+            asked = self.prompts.correct(before.asked, before.logits.detach(), truth, epoch, correction)
+            answers.append(self._decode(features, asked, len(truth.draws)))
+        return answers
 
-    def test_step(self, batch: TripletBatch, batch_idx: int) -> Prediction:
-        """Score a batch; callbacks take the masks."""
-        return self.evaluation_step(batch)
+    def _decode(self, features: Any, asked: list[Prompts], count: int) -> Answer:
+        """Decode prompts of several forms, and put the answers in the order of the batch's targets."""
+        asked = [prompts.to(self.device) for prompts in asked]
+        parts = [self.model.decode(features, prompts) for prompts in asked]
+        order = torch.cat([torch.arange(count) if prompts.rows is None else prompts.rows for prompts in asked])
+        back = order.argsort().to(self.device)
+        logits, scores = (torch.cat([part[place][:, 0] for part in parts])[back] for place in (0, 1))
+        return Answer(asked, logits, scores)
 
-    def predict_step(self, batch: TripletBatch, batch_idx: int) -> Prediction:
-        """Predict a batch; callbacks take the masks."""
-        return self.predict_masks(batch)
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the rows of the last evaluation."""
-        self.scores = []
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the rows of the last evaluation."""
-        self.scores = []
-
-    def on_validation_epoch_end(self) -> None:
-        """Log mean DSC and IoU over all ranks' targets."""
-        self._log_means("val", self.gathered_scores())
-
-    def on_test_epoch_end(self) -> None:
-        """Log mean DSC and IoU over all ranks' targets.
-
-        Raises:
-            UserError: There was none.
-        """
-        scores = self.gathered_scores()
-        if not scores:
-            raise UserError("data.init_args.test: no target was scored; the split holds none, or was limited to none")
-        self._log_means("test", scores)
-
-    def gathered_scores(self) -> list[CaseScore]:
-        """Every rank's rows in corpus order, each target once."""
-        rows = {(position, score.target): score for part in every_rank(self.scores) for position, score in part}
-        return [rows[place] for place in sorted(rows)]
+    def _losses(self, answer: Answer, truth: Truth) -> dict[str, Tensor]:
+        side = self.model.preprocessing.image_size
+        logits = resize_logits(answer.logits, (side, side))
+        parts = dict(self.loss(logits, truth.masks))
+        if self.score_weight:
+            _, iou = overlap(logits.detach() > 0, truth.masks)
+            parts["score_loss"] = (answer.scores.float() - iou).square()
+            parts["loss"] = parts["loss"] + self.score_weight * parts["score_loss"]
+        return {name: per_image_mean(value, truth.image_index) for name, value in parts.items()}
 
     def configure_optimizers(self) -> Any:
         """AdamW over the tuning method's groups."""
-        groups = self.tuning.parameter_groups(self.model, self.lr, self.weight_decay)
+        groups = self.tuning.parameter_groups(self.model, self.lr, self.weight_decay, self.decay)
         return adamw(groups, self.betas, self.schedule, self.warmup_steps, self._total_steps())
 
     def _total_steps(self) -> int:
@@ -244,12 +224,3 @@ class MedSAMModule(LightningModule):
             return trainer.max_steps
         steps = trainer.datamodule.steps_per_epoch
         return (trainer.max_epochs or 1) * steps
-
-    def _log_means(self, stage: str, scores: list[CaseScore]) -> None:
-        if scores:
-            means = {
-                f"{stage}/dsc": sum(score.dsc for score in scores) / len(scores),
-                f"{stage}/iou": sum(score.iou for score in scores) / len(scores),
-            }
-            # every rank holds the same rows, so reducing changes nothing, and spares Lightning's warning
-            self.log_dict(means, sync_dist=True, prog_bar=True)

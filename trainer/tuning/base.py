@@ -4,40 +4,63 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from data_shards.errors import UserError
 from trainer.models.base import SegmentationModel
 
+Decay = Literal["matrices", "all"]
+
 
 class Tuning(ABC):
-    """A way of fine-tuning. Freeze first, then add adapters."""
+    """A way of fine-tuning. Freeze first, then add adapters.
+
+    Args:
+        rates: Factors on the learning rate by name prefix or shell pattern, such as ``{image_encoder: 0.1}``; where
+            several fit a parameter, the last counts.
+    """
+
+    def __init__(self, rates: Mapping[str, float] | None = None) -> None:
+        self.rates = dict(rates or {})
+        for pattern, rate in self.rates.items():
+            if not rate > 0:
+                raise UserError(f"rates: {pattern}: {rate}: a factor is above 0; what shall not learn is frozen")
 
     @abstractmethod
     def apply(self, model: SegmentationModel) -> None:
         """Mark what learns, in place; adapters are put in here."""
 
     def merge(self, model: SegmentationModel) -> None:  # noqa: B027 - most methods have nothing to merge
-        """Fold adapters into the weights they adapt, so that the model has its original layout again."""
+        """Fold adapters into the weights they adapt, so that the model has its original layout again.
+
+        Raises:
+            UserError: The method's parts are no linear maps, so there is nothing to fold them into.
+        """
 
     def learning_rate_scales(self, model: SegmentationModel) -> dict[str, float]:
-        """Factor on the learning rate for every parameter that learns, by name; 1 unless a method says otherwise."""
-        return {name: 1.0 for name, parameter in model.named_parameters() if parameter.requires_grad}
+        """Factor on the learning rate for every parameter that learns, by name."""
+        scales = {name: 1.0 for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for pattern, rate in self.rates.items():
+            for name in matching(model, pattern):
+                if name in scales:
+                    scales[name] = rate
+        return scales
 
-    def parameter_groups(self, model: SegmentationModel, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    def parameter_groups(
+        self, model: SegmentationModel, lr: float, weight_decay: float, decay: Decay = "matrices"
+    ) -> list[dict[str, Any]]:
         """Make the optimiser's groups: one for each learning-rate factor and each decay.
-
-        Norms, biases (attention's too) and other vectors are not decayed (the habit since Goyal et al. 2017,
-        arXiv:1706.02677, §5).
 
         Args:
             model: The model that `apply` was called on.
             lr: Base learning rate.
-            weight_decay: Decay of matrices and kernels.
+            weight_decay: Decay of what decays.
+            decay: What decays. ``"matrices"`` leaves norms, biases (attention's too) and other vectors alone (the habit
+                since Goyal et al. 2017, arXiv:1706.02677, §5); ``"all"`` decays them too, as MedSAM's code does.
 
         Raises:
             UserError: Nothing learns.
@@ -46,15 +69,15 @@ class Tuning(ABC):
         groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in model.named_parameters():
             if name in scales:
-                decayed = parameter.ndim > 1 and "bias" not in name.rpartition(".")[2]
+                decayed = decay == "all" or (parameter.ndim > 1 and "bias" not in name.rpartition(".")[2])
                 groups[scales[name], weight_decay if decayed else 0.0].append(parameter)
         if not groups:
             raise UserError(
                 f"{type(self).__name__} leaves nothing to learn: check its patterns against the model's names"
             )
         return [
-            {"params": parameters, "lr": lr * scale, "weight_decay": decay}
-            for (scale, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+            {"params": parameters, "lr": lr * scale, "weight_decay": amount}
+            for (scale, amount), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
 
 
@@ -80,13 +103,21 @@ def _mark(model: nn.Module, patterns: Sequence[str], *, requires_grad: bool) -> 
     parameters = dict(model.named_parameters())
     fixed = {name for name in parameters if name.endswith("shared_embedding.positional_embedding")}
     for pattern in patterns:
-        matching = [
-            name for name in parameters if fnmatch(name, pattern) or name.startswith(pattern.rstrip(".*") + ".")
-        ]
-        if not matching:
-            parts = sorted({name.split(".")[0] for name in parameters})
-            raise UserError(
-                f"pattern '{pattern}' matches no parameter of {type(model).__name__}; its parts: {', '.join(parts)}"
-            )
-        for name in matching:
+        for name in matching(model, pattern):
             parameters[name].requires_grad_(requires_grad and name not in fixed)
+
+
+def matching(model: nn.Module, pattern: str) -> list[str]:
+    """Names of the parameters that a shell pattern matches, or that lie below the part it names.
+
+    Raises:
+        UserError: None does.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    found = [name for name in names if fnmatch(name, pattern) or name.startswith(pattern.rstrip(".*") + ".")]
+    if not found:
+        parts = sorted({name.split(".")[0] for name in names})
+        raise UserError(
+            f"pattern '{pattern}' matches no parameter of {type(model).__name__}; its parts: {', '.join(parts)}"
+        )
+    return found

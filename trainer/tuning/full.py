@@ -21,6 +21,7 @@ class FullTuning(Tuning):
     """
 
     def __init__(self, layer_decay: float = 1.0, freeze: Sequence[str] = ("prompt_encoder",)) -> None:
+        super().__init__()
         if not 0 < layer_decay <= 1:
             raise UserError(f"layer_decay is in (0, 1], not {layer_decay}")
         self.layer_decay, self.frozen = layer_decay, list(freeze)

@@ -1,12 +1,11 @@
-"""Prompts simulated from ground truth.
+"""Boxes around the truth.
 
-Shapes: B images, Q prompts (flattened over the batch), each pointing at its image.
+Shapes: Q prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,25 +14,10 @@ from torch import Tensor
 
 from data_shards.errors import UserError
 from data_shards.seed import run_seed
+from trainer.prompts.base import Prompter, Prompts, Truth
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """What a mask decoder is asked.
-
-    Attributes:
-        image_index: (Q,) int64, the image in the batch that each prompt asks about.
-        boxes: (Q, 4) float32 as (x0, y0, x1, y1) in pixels of the model's input.
-    """
-
-    image_index: Tensor
-    boxes: Tensor
-
-    def __len__(self) -> int:
-        return len(self.image_index)
-
-
-class BoxPrompts:
+class BoxPrompts(Prompter):
     """Boxes around the truth, each side pushed outwards by a random number of pixels.
 
     The shift is a pure function of (seed, epoch, sample, target): a resumed run, or one on another number of ranks,
@@ -55,6 +39,11 @@ class BoxPrompts:
     def describe(self) -> dict[str, Any]:
         """What an evaluation asks, as JSON."""
         return {"kind": type(self).__name__, "eval_shift": self.eval_shift}
+
+    def first(self, truth: Truth, epoch: int | None) -> list[Prompts]:
+        """Ask for every target with its box."""
+        rows = torch.arange(len(truth.draws))
+        return [Prompts(truth.image_index, boxes=self(truth.boxes, truth.sizes, truth.draws, epoch), rows=rows)]
 
     def __call__(self, boxes: Tensor, sizes: Tensor, draws: Sequence[tuple[int, ...]], epoch: int | None) -> Tensor:
         """Move the sides of tight boxes outwards.
