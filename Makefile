@@ -21,6 +21,9 @@ help:
 
 # --- environment
 
+# The tests try every tuning method on SAM2's encoder too. By itself it would be built with another copy of torch.
+SAM2 := SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation 'sam2==1.1.0'
+
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: error: no Python >= 3.11 found; install one or say make PYTHON=/path/to/python" >&2; exit 2; }
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
@@ -29,6 +32,7 @@ $(VENV)/bin/python:
 $(VENV)/.quickstart $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	@echo "installing sam-trainer[$*]: a few minutes the first time"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@$(if $(filter dev,$*),$(SAM2))
 	@touch $@
 
 # --- the main job

@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).parents[1]
 # A module may import from its own layer and from those below it; the first is at the top.
 TRAINER_LAYERS = (
     ("trainer.cli",),
+    ("trainer.plan",),
     ("trainer.lightning_cli", "trainer.export.cli", "trainer.report.cli"),
     ("trainer.export",),
     ("trainer.callbacks",),

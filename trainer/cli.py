@@ -6,12 +6,14 @@ import sys
 
 from data_shards import __version__
 from data_shards.errors import UserError, nearest, run_command
+from trainer.quiet import quieten
 
 HELP = """\
 usage: trainer COMMAND ...
 
 Fine-tune segmentation foundation models for medicine.
 
+  plan      say what a recipe trains       trainer plan recipes/medsam/full.yaml
   fit       train from a recipe            trainer fit -c recipes/quickstart.yaml
   validate  score the validation split     trainer validate -c RECIPE --ckpt_path last
   test      score the test split           trainer test -c RECIPE [--ckpt_path last]
@@ -28,7 +30,7 @@ A run that was stopped goes on where it was:
 """
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*LIGHTNING_COMMANDS, "export", "report")
+COMMANDS = ("plan", *LIGHTNING_COMMANDS, "export", "report")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,11 +47,16 @@ def _main(arguments: list[str]) -> int:
         print(f"sam-trainer {__version__}")
         return 0
     command, rest = arguments[0], arguments[1:]
+    quieten()  # before libraries are imported: some speak then
     # imports are here so that help and mistakes answer at once
     if command in LIGHTNING_COMMANDS:
         from trainer.lightning_cli import run_lightning
 
         return run_lightning(arguments)
+    if command == "plan":
+        from trainer.plan.cli import plan_command
+
+        return plan_command(rest)
     if command == "export":
         from trainer.export.cli import export_command
 

@@ -29,10 +29,12 @@ from trainer.callbacks import (
     RunRecord,
     SampleTrace,
     Throughput,
+    ValidationPanels,
+    ValidationRecord,
 )
-from trainer.quiet import quieten
+from trainer.callbacks.ema import EvaluateAverage, check_average
 from trainer.recipe import check_class, check_recipe, dotted_keys, flat, names_something_in
-from trainer.restore import check_fit, find_checkpoint, read_checkpoint
+from trainer.restore import Weights, average_of, check_fit, find_checkpoint, read_checkpoint
 from trainer.run import Run
 
 _FIXED_DATA = (
@@ -41,7 +43,7 @@ _FIXED_DATA = (
 )
 """Arguments of the data module that decide which samples a step sees; how a step is cut up may change."""
 
-EVERY_RUN = (Throughput, SampleTrace, EvaluationRecord, PredictionRecord)
+EVERY_RUN = (Throughput, SampleTrace, ValidationRecord, ValidationPanels, EvaluationRecord, PredictionRecord)
 """Callbacks of every run; a recipe that names one itself sets it up its own way."""
 
 _ANY_KEY = """\
@@ -65,6 +67,7 @@ Score every target of the test split at native resolution, into evaluation/untou
 evaluation/tuned of the run.
   trainer test -c RECIPE                       the pretrained weights, untouched
   trainer test -c RECIPE --ckpt_path last      the trained ones; also best, or a path
+  trainer test -c RECIPE --ckpt_path last --weights raw      not their average, where the recipe keeps one (EMA)
 {_ANY_KEY}""",
     "predict": f"""\
 Write the masks of the test split, as COCO run lengths at native resolution, to predictions/rank-R.jsonl of the run.
@@ -134,6 +137,9 @@ class RecipeCLI(LightningCLI):
         for action in parser._actions:
             if action.dest == "ckpt_path":
                 action.help = "Checkpoint of the run to go on from or to score: last, best, or a path."
+        if subcommand != "fit":
+            help_text = "Weights of a checkpoint that has an average of them (trainer.callbacks.EMA): that by default."
+            parser.add_argument("--weights", type=Weights | None, default=None, help=help_text)
         RecipeParser.keys |= {action.dest for action in parser._actions}
         return parser
 
@@ -231,7 +237,10 @@ class RecipeCLI(LightningCLI):
                 if "loops" not in content:
                     raise UserError(f"checkpoint {path}: it holds weights alone, without the place in the training")
                 self._refuse_another_recipe(Run(path.parent.parent))
+                check_average(content, self.trainer.callbacks, path)
                 _say(f"going on from {path}, step {content.get('global_step')}")
+            elif average := average_of(content, self._get(self.config_init, "weights"), path):
+                self.trainer.callbacks.append(EvaluateAverage(average))
         return str(path)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -287,7 +296,6 @@ def fixes_a_training(key: str) -> bool:
 
 def run_lightning(arguments: list[str]) -> int:
     """Run one of Lightning's commands on a checked recipe."""
-    quieten()
     torch.set_float32_matmul_precision("high")  # TF32 for what bf16 autocast leaves in fp32
     RecipeCLI(arguments)
     return 0

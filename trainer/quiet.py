@@ -24,6 +24,8 @@ def quieten() -> None:
     warnings.formatwarning = _plain(warnings.formatwarning)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # told on a machine without a GPU, whether or not anything is quantised: peft looks for it
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _plain(usual: Callable[..., str]) -> Callable[..., str]:

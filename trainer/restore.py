@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -17,8 +17,13 @@ from trainer.modules import MedSAMModule
 from trainer.recipe import check_recipe
 from trainer.run import Run
 
+AVERAGE = "average"
+"""Key of a checkpoint under which `trainer.callbacks.EMA` keeps its average."""
+Weights = Literal["average", "raw"]
+"""Which weights of a checkpoint that has an average."""
 
-def restore(run: Run, checkpoint: Path | None = None) -> MedSAMModule:
+
+def restore(run: Run, checkpoint: Path | None = None, weights: Weights | None = None) -> MedSAMModule:
     """Rebuild a run's module from its recipe and load a checkpoint of it, every key of it.
 
     The pretrained weights that the recipe names are not read: the checkpoint replaces all of them.
@@ -26,16 +31,18 @@ def restore(run: Run, checkpoint: Path | None = None) -> MedSAMModule:
     Args:
         run: The run.
         checkpoint: The checkpoint; the newest by default.
+        weights: Which weights, where the checkpoint has an average of them: that by default.
 
     Returns:
         The module on the CPU, in evaluation mode.
 
     Raises:
-        UserError: The recipe is not allowed, there is no checkpoint, or the two do not fit.
+        UserError: The recipe is not allowed, there is no checkpoint, the two do not fit, or there is no average.
     """
     path = checkpoint or run.last_checkpoint()
-    module = _build(run.recipe)
-    state = read_checkpoint(path)["state_dict"]
+    module = build(recipe_of(run)["model"], f"recipe {run.recipe}")
+    content = read_checkpoint(path)
+    state = {**content["state_dict"], **average_of(content, weights, path)}
     check_fit(module, state, path)
     module.load_state_dict(state, strict=True)
     return module.eval()
@@ -56,6 +63,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"checkpoint {path}: no checkpoint of a run; bare weights go into the model's `weights`")
     return content
+
+
+def average_of(content: Mapping[str, Any], weights: Weights | None, path: Path) -> dict[str, Tensor]:
+    """The average of a checkpoint, by parameter's name: what it puts in the raw weights' place; empty for none.
+
+    Args:
+        content: The checkpoint.
+        weights: What is asked for; None is the average where there is one.
+        path: Where the checkpoint is, for messages.
+
+    Raises:
+        UserError: The average is asked for, and there is none.
+    """
+    if weights == "average" and AVERAGE not in content:
+        raise UserError(f"checkpoint {path}: it has no average of the weights: it was trained without EMA")
+    found: dict[str, Tensor] = {} if weights == "raw" else content.get(AVERAGE, {}).get("weights", {})
+    return found
 
 
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -109,19 +133,48 @@ def recipe_of(run: Run) -> dict[str, Any]:
     return content
 
 
-def _build(recipe: Path) -> MedSAMModule:
-    node = recipe_of(Run(recipe.parent))["model"]
-    arguments = node["init_args"]["model"].get("init_args") or {}
-    for name in arguments.keys() & {"weights", "weights_sha256"}:
-        arguments[name] = None
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(MedSAMModule, "model", required=True)
-    try:
-        config = parser.parse_object({"model": node})
-    except Exception as error:
-        raise UserError(f"recipe {recipe}: {_first_line(error)}") from error
-    module: MedSAMModule = parser.instantiate_classes(config).model
+def build(node: Mapping[str, Any], where: str) -> MedSAMModule:
+    """Make a recipe's module without reading the pretrained weights that it names.
+
+    Args:
+        node: What the recipe has at its key ``model``.
+        where: The recipe, for messages.
+
+    Raises:
+        UserError: A class does not take its arguments.
+    """
+    model = without_weights(node["init_args"]["model"])
+    module: MedSAMModule = instantiate(
+        {**node, "init_args": {**node["init_args"], "model": model}}, MedSAMModule, where
+    )
     return module
+
+
+def without_weights(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's node of a recipe, with random weights in the place of those that it names."""
+    arguments = dict(node.get("init_args") or {})
+    arguments.update(dict.fromkeys(arguments.keys() & {"weights", "weights_sha256"}))
+    return {**node, "init_args": arguments}
+
+
+def instantiate(node: Mapping[str, Any], base: type, where: str) -> Any:
+    """Make the object that a node of a recipe describes.
+
+    Args:
+        node: Its ``class_path`` and ``init_args``.
+        base: A class that it must be one of.
+        where: The recipe, for messages.
+
+    Raises:
+        UserError: It is not, or the class does not take its arguments.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, "made", required=True)
+    try:
+        config = parser.parse_object({"made": dict(node)})
+    except Exception as error:
+        raise UserError(f"{where}: {_first_line(error)}") from error
+    return parser.instantiate_classes(config).made
 
 
 def _first_line(error: BaseException) -> str:

@@ -26,6 +26,9 @@ class Run:
         self.stages = self.root / "stages.json"
         self.trace = self.root / "trace.csv"
         self.skipped = self.root / "skipped.csv"
+        self.validations = self.root / "validation.csv"
+        self.validation = self.root / "validation"
+        self.panels = self.root / "panels"
         self.checkpoints = self.root / "checkpoints"
         self.exports = self.root / "exports"
 

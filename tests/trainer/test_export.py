@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from test_medsam import reference
 
 from trainer.export import EXPORTERS
-from trainer.models import litemedsam
+from trainer.models import litemedsam, medsam
 from trainer.models.weights import sha256_of
+from trainer.prompts import Prompts
 from trainer.restore import restore
 from trainer.run import Run
 
@@ -51,7 +54,7 @@ def test_the_consumer_loads_an_export_strictly_and_agrees(run, tmp_path, trainer
     ours = restore(Run(run)).model.at_size(256)
     image, box = torch.rand(1, 3, 256, 256), torch.tensor([[30.0, 40.0, 200.0, 180.0]])
     with torch.no_grad():
-        prompts = litemedsam.Prompts(torch.zeros(1, dtype=torch.int64), box)
+        prompts = Prompts(torch.zeros(1, dtype=torch.int64), box)
         difference = (theirs(image, box)[:, 0] - ours.decode(ours.encode(image), prompts)[0][:, 0]).abs().max()
     assert difference <= 1e-3
 
@@ -154,3 +157,32 @@ def test_every_exporter_says_what_it_is_for():
         assert exporter.name == name
         assert exporter.suffix.startswith(".")
         assert exporter.requirement.startswith(exporter.package)
+
+
+def test_a_medsam_trained_at_another_side_is_loaded_by_segment_anything(
+    tiny_recipe, tmp_path, trainer_command, monkeypatch
+):
+    """The real code at tiny size: only the table of shapes, and the builder of the consumer's, are smaller."""
+    registry = pytest.importorskip("segment_anything").sam_model_registry
+    shape = medsam.ViT(width=48, depth=3, heads=3, global_blocks=(1,), window=5)
+    monkeypatch.setitem(medsam.VARIANTS, "vit_b", shape)
+    monkeypatch.setitem(registry, "vit_b", lambda: reference(shape, 96))
+    monkeypatch.setattr(EXPORTERS["medsam"], "image_size", 96)
+    content = yaml.safe_load(tiny_recipe.read_text())
+    content["model"]["init_args"]["model"] = {
+        "class_path": "trainer.models.MedSAM",
+        "init_args": {"weights": None, "image_size": 64, "encoder": "vit_b"},
+    }
+    content["model"]["init_args"]["tuning"] = {"class_path": "trainer.tuning.LoRATuning"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+    assert trainer_command("fit", "-c", tmp_path / "r.yaml")[0] == 0
+    out = tmp_path / "medsam.pth"
+    code, stdout, err = trainer_command("export", tmp_path / "run", "--to", "medsam", "--out", out, "--samples", 2)
+    assert (code, err) == (0, "")
+    assert "verified: segment-anything 1.0 loads" in stdout
+    record = json.loads((tmp_path / "run/exports/medsam/export.json").read_text())
+    assert record["verified"] is True and record["image_size"] == 96
+    assert any("Trained at 64 px" in note for note in record["notes"])
+    assert json.loads(out.with_name("medsam.pth.preprocessing.json").read_text())["resize"] == "squash"
+    code, _, err = trainer_command(*command(tmp_path / "run", tmp_path / "x.pth"))
+    assert code == 2 and "a MedSAM cannot be exported to 'litemedsam'" in err

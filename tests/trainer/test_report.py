@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -24,9 +25,10 @@ from trainer.report.data import read_run
 from trainer.report.markup import duration, measure, p_value, signed
 from trainer.report.panels import Panel, load_panels, save_panels
 from trainer.report.pictures import Choice, choose, crop_of, draw
+from trainer.report.sheet import TILE, draw_sheet, draw_tile
 from trainer.report.statistics import bootstrap_ci95, compare
 from trainer.run import Run
-from trainer.scores import volume_of
+from trainer.scores import CaseScore, volume_of, write_scores
 
 KEYS = [f"toy-c10868632198ea58-a{number:05d}" for number in range(12)]
 TERM = "lesion <script>alert(1)</script> & co"
@@ -46,23 +48,20 @@ def write_evaluation(run: Run, name: str, scores: np.ndarray, keys: list[str] = 
         for number, (key, dsc) in enumerate(zip(keys, scores, strict=True)):
             writer.writerow([key, 0, TERM, "MR", 50 + number, dsc, dsc / (2 - dsc)])
     if panels:
-        save_panels(folder / "panels.npz", **columns(keys[::2], shift=1 if name == "tuned" else 4))
+        save_panels(folder / "panels.npz", discs(keys[::2], shift=1 if name == "tuned" else 4))
 
 
-def columns(keys: list[str], shift: int) -> dict[str, list]:
+def discs(keys: list[str], shift: int) -> list[Panel]:
     """Discs whose predictions are shifted, the more the later; every third image is RGB, all sizes differ."""
-    made: dict[str, list] = {name: [] for name in ("keys", "terms", "images", "truths", "predictions", "boxes")}
+    made = []
     for number, key in enumerate(keys):
         height, width = 40 + number, 60 + 2 * number
         rows, cols = np.mgrid[:height, :width]
         truth = ((rows - 20) ** 2 + (cols - 30) ** 2 < 80).astype(np.uint8)
         image = np.random.default_rng(number).integers(0, 255, (height, width), dtype=np.uint8)
-        made["keys"].append(key)
-        made["terms"].append(TERM)
-        made["images"].append(np.stack([image] * 3, -1) if number % 3 == 2 else image)
-        made["truths"].append(truth)
-        made["predictions"].append(np.roll(truth, shift + number, axis=1))
-        made["boxes"].append(np.array([21, 11, 39, 29], np.float32))
+        picture = np.stack([image] * 3, -1) if number % 3 == 2 else image
+        box = np.array([21, 11, 39, 29], np.float32)
+        made.append(Panel(key, TERM, picture, truth, np.roll(truth, shift + number, axis=1), box))
     return made
 
 
@@ -246,27 +245,25 @@ class TestCurves:
 
 class TestPanels:
     def test_round_trip_of_mixed_sizes_without_pickle(self, tmp_path: Path) -> None:
-        made = columns(KEYS[:4], shift=2)
-        save_panels(tmp_path / "deep" / "panels.npz", **made)
+        made = discs(KEYS[:4], shift=2)
+        points = np.array([[3, 4, 1], [5.5, 6, 0]], np.float32)
+        made[1] = replace(made[1], points=points, box=np.full(4, np.nan, np.float32))
+        save_panels(tmp_path / "deep" / "panels.npz", made)
         panels = load_panels(tmp_path / "deep" / "panels.npz")
         assert [panel.key for panel in panels] == KEYS[:4]
         assert panels[2].image.shape == (42, 64, 3)
-        for number, panel in enumerate(panels):
+        for panel, given in zip(panels, made, strict=True):
             assert panel.term == TERM
-            for name in ("image", "truth", "prediction"):
-                stored, given = getattr(panel, name), made[f"{name}s"][number]
-                assert stored.dtype == np.uint8
-                np.testing.assert_array_equal(stored, given)
-            np.testing.assert_array_equal(panel.box, made["boxes"][number])
+            for name in ("image", "truth", "prediction", "box", "points"):
+                stored = getattr(panel, name)
+                assert stored.dtype == (np.float32 if name in ("box", "points") else np.uint8)
+                np.testing.assert_array_equal(stored, getattr(given, name))
         assert [path.name for path in (tmp_path / "deep").iterdir()] == ["panels.npz"], "no temporary file is left"
 
     def test_sizes_must_agree(self, tmp_path: Path) -> None:
-        made = columns(KEYS[:1], shift=2)
-        made["truths"][0] = made["truths"][0][1:]
+        made = discs(KEYS[:1], shift=2)
         with pytest.raises(ValueError, match="truth"):
-            save_panels(tmp_path / "p.npz", **made)
-        with pytest.raises(ValueError, match="lengths"):
-            save_panels(tmp_path / "p.npz", **{**columns(KEYS[:2], 1), "keys": KEYS[:1]})
+            save_panels(tmp_path / "p.npz", [replace(made[0], truth=made[0].truth[1:])])
 
     @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"no npz at all"])
     def test_damage_is_one_line(self, tmp_path: Path, content: bytes) -> None:
@@ -332,7 +329,7 @@ class TestSummary:
         summary = write_summary(full)
         assert summary == json.loads((full.root / "summary.json").read_text())
         assert list(summary) == [
-            *("dsc_before", "dsc_after", "iou_before", "iou_after", "targets", "volumes"),
+            *("dsc_before", "dsc_after", "iou_before", "iou_after", "nsd_before", "nsd_after", "targets", "volumes"),
             *("dsc_gain_ci95", "p_value"),
             *("images_per_second", "seconds", "stages", "export_verified", "versions"),
         ]
@@ -728,6 +725,160 @@ class TestPage:
         table.write_text(table.read_text().replace("dsc", "dice", 1))
         with pytest.raises(UserError, match=r"per_case.csv: the column 'dsc' is missing"):
             write_report(full)
+
+
+def write_scored(run: Run, name: str, dsc: np.ndarray, nsd: np.ndarray | None = None) -> None:
+    """An evaluation of two data sets, one of them CT with spacing and the other endoscopy without."""
+    rows = [
+        CaseScore(
+            *(f"k{number}", 0, f"term {number % 3}", "CT" if number % 2 else "endoscopy", 50, value, value / 2),
+            *(f"set <{number % 2}>", None if nsd is None else float(nsd[number]), "2 mm" if number % 2 else "2 px"),
+        )
+        for number, value in enumerate(dsc.tolist())
+    ]
+    write_scores(run.evaluation(name) / "per_case.csv", rows)
+
+
+class TestNsdAndGroups:
+    def part(self, run: Run, title: str) -> str:
+        return Outline(page_of(run).partition(f"<h2>{title}</h2>")[2].partition("</section>")[0]).text
+
+    def test_tables_show_nsd_and_quartiles_of_every_group(self, empty: Run) -> None:
+        write_scored(empty, "untouched", BEFORE, BEFORE + 0.1)
+        write_scored(empty, "tuned", AFTER, AFTER + 0.05)
+        text = self.part(empty, "By modality")
+        for side, values in (("CT", slice(1, None, 2)), ("endoscopy", slice(0, None, 2))):
+            before, after = BEFORE[values], AFTER[values]
+            quartiles = [np.percentile(scores, [50, 25, 75]) for scores in (before, after)]
+            spread = " ".join("{:.3f} ({:.3f}–{:.3f})".format(*each) for each in quartiles)
+            gain = f"+{after.mean() - before.mean():.3f}"
+            assert f"{side} 6 {before.mean():.3f} ± {before.std(ddof=1):.3f} {after.mean():.3f}" in text
+            assert f"{gain} {spread}" in text
+            assert f"{(before + 0.1).mean():.3f} ± {before.std(ddof=1):.3f} {(after + 0.05).mean():.3f}" in text
+        assert "NSD: share of both outlines that is within 2 mm or 2 px of the other." in text
+        assert "set <0>" in self.part(empty, "By data set")
+        assert "term 2" in self.part(empty, "By term")
+        assert f"{(BEFORE + 0.1).mean():.3f} → {(AFTER + 0.05).mean():.3f}" in self.part(empty, "Key figures")
+        assert f"{AFTER.min() + 0.05:.3f}" in self.part(empty, "Worst cases")
+        summary = write_summary(empty)
+        assert summary["nsd_before"] == pytest.approx((BEFORE + 0.1).mean())
+        assert summary["nsd_after"] == pytest.approx((AFTER + 0.05).mean())
+
+    def test_an_evaluation_of_an_earlier_version_stands_beside_a_new_one(self, empty: Run) -> None:
+        write_scored(empty, "untouched", BEFORE)
+        write_scored(empty, "tuned", AFTER, AFTER)
+        assert "NSD after" in self.part(empty, "By term")
+        assert f"Mean NSD {AFTER.mean():.3f} after tuning, 12 targets" in self.part(empty, "Key figures")
+        assert write_summary(empty)["nsd_before"] is None
+        write_scored(empty, "tuned", AFTER)
+        assert "NSD" not in Outline(page_of(empty)).text
+
+    def test_one_group_is_no_table(self, full: Run) -> None:
+        assert self.part(full, "By modality") == self.part(full, "By data set") == ""
+        assert "NSD" not in Outline(page_of(full)).text, "tables of an earlier version"
+
+    def test_the_last_validation_is_compared_with_the_untouched_model(self, empty: Run) -> None:
+        names = ("val/dsc", "val/dsc_gain", "val/targets_worse")
+        rows = [{"step": 3, "train/loss": 1.0}, {"step": 3, **dict(zip(names, (0.5, 0.25, 0.5), strict=True))}]
+        write_log(empty, 0, [*rows, {"step": 7, **dict(zip(names, (0.6, -0.125, 0.25), strict=True))}])
+        text = self.part(empty, "Training").replace("\u00a0", " ")
+        assert "(step 7) mean DSC differed from the untouched model's on the same targets by −0.125; 25 % of" in text
+
+
+JITTER = {"side": 1024, "samples": 5, "targets": 9, "shifts": [-5, 0, 20], "dsc": {"mean": [0.5, 0.9, 0.25]}}
+
+
+class TestJitter:
+    def write(self, run: Run, name: str, content: object) -> None:
+        (run.evaluation(name) / "jitter.json").write_text(json.dumps(content))
+
+    def test_both_curves_are_in_one_chart(self, full: Run) -> None:
+        self.write(full, "untouched", {**JITTER, "targets": 8, "dsc": {"mean": [0.6, 0.7, 0.65]}})
+        self.write(full, "tuned", JITTER)
+        page = page_of(full)
+        part = page.partition("<h2>Boxes that are off</h2>")[2].partition("</section>")[0]
+        assert part.count("<svg") == 1
+        assert part.count('class="jitter before"') == part.count('class="jitter after"') == 1
+        assert "after tuning, 20 px: 0.250" in part and "before tuning, -5 px: 0.600" in part
+        assert "8 targets before tuning and 9 targets after tuning" in part
+        # the same height is the same score: of the ticks 0.2 … 1.0 the chart's own frame tells where
+        found = {value: float(y) for y, value in re.findall(r'cy="([\d.]+)" r="3.5"><title>[^:]*: ([\d.]+)', part)}
+        steps = [(found["0.250"] - found["0.900"]) / 0.65, (found["0.500"] - found["0.700"]) / 0.2]
+        assert steps[0] == pytest.approx(steps[1], rel=0.01) and steps[0] > 0
+
+    def test_one_curve_alone(self, full: Run) -> None:
+        self.write(full, "tuned", JITTER)
+        part = page_of(full).partition("<h2>Boxes that are off</h2>")[2].partition("</section>")[0]
+        assert "before" not in part and "9 targets after tuning" in part
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"shifts": "many"},
+            {"shifts": []},
+            {"shifts": [0, 5]},
+            {"shifts": [0, None, 5]},
+            {"dsc": [0.5]},
+            {"dsc": {}},
+            {"side": "1024"},
+            {"targets": None},
+        ],
+    )
+    def test_damage_is_one_line(self, full: Run, change: dict, capsys: pytest.CaptureFixture[str]) -> None:
+        self.write(full, "tuned", {**JITTER, **change})
+        assert run_command(lambda: report_command([str(full.root)]), "trainer") == 2
+        shown = capsys.readouterr().err
+        assert "tuned/jitter.json: " in shown
+        assert shown.count("\n") == 1
+
+
+class TestPrompts:
+    def test_points_are_drawn_and_explained(self, full: Run) -> None:
+        assert "dotted: the prompt" in Outline(page_of(full)).text
+        panels = load_panels(full.evaluation("tuned") / "panels.npz")
+        points, none = np.array([[30, 20, 1], [2, 3, 0]], np.float32), np.full(4, np.nan, np.float32)
+        save_panels(full.evaluation("tuned") / "panels.npz", [replace(p, points=points, box=none) for p in panels])
+        page = page_of(full)
+        assert "circle: on the target; cross: beside it" in Outline(page).text
+        assert '<circle class="prompt point" cx="30.5" cy="20.5"' in page
+        assert '<path class="prompt point" d="M2.5 3.5m' in page
+        assert page.count('<rect class="prompt"') == 7, "that of the legend, and before tuning one in each picture"
+
+    def test_a_crop_holds_the_points_and_needs_no_box(self) -> None:
+        truth, none = np.zeros((200, 300), np.uint8), np.full(4, np.nan, np.float32)
+        panel = Panel("k", "t", truth, truth, truth, none, np.array([[290, 10, 1]], np.float32))
+        crop = crop_of(Choice("Worst", None, panel))
+        assert (crop.x + crop.side, crop.y, crop.side) == (300, 0, 48)
+        assert crop_of(Choice("Worst", None, replace(panel, points=np.zeros((0, 3))))).side == 300, "the whole image"
+
+
+class TestSheet:
+    def test_outlines_and_prompt_lie_where_they_belong(self) -> None:
+        image, truth = np.full((128, 128), 100, np.uint8), np.zeros((128, 128), np.uint8)
+        truth[32:96, 32:96] = 1
+        box, points = np.array([16, 16, 111, 111], np.float32), np.array([[63.5, 63.5, 1]], np.float32)
+        tile = np.asarray(draw_tile(Panel("k", "t", image, truth, 0 * truth, box, points)))
+        assert tile.shape == (TILE, TILE, 3)
+        scale = TILE / 128  # the crop is the whole image
+        blue, white = (np.argwhere((tile == colour).all(-1)) for colour in ((0x56, 0xB4, 0xE9), (255, 255, 255)))
+        assert blue.min(axis=0) == pytest.approx([32 * scale, 32 * scale], abs=1.5)
+        assert blue.max(axis=0) == pytest.approx([96 * scale, 96 * scale], abs=1.5)
+        assert white.min(axis=0) == pytest.approx([16 * scale, 16 * scale], abs=1.5)
+        assert white.max(axis=0) == pytest.approx([112 * scale, 112 * scale], abs=1.5)
+        assert (tile[128, 100] == 100).all(), "the image is seen between them"
+        assert (tile[TILE // 2 - 4 : TILE // 2 + 5, TILE // 2 - 4 : TILE // 2 + 5] == 255).any(), "the point"
+        assert not (tile == (0xFF, 0xB0, 0x00)).all(-1).any(), "nothing was predicted"
+
+    def test_size_captions_and_any_alphabet(self) -> None:
+        panels = [replace(panel, term="Läsion 病変 " * 9) for panel in discs(KEYS[:5], shift=2)]
+        sheet = draw_sheet(panels, "step 7")
+        assert sheet.size == (4 * TILE, 18 + 2 * (TILE + 18))
+        assert draw_sheet(panels[:1], "step 7").size == (TILE, 18 + TILE + 18)
+        narrow = np.zeros((300, 20), np.uint8)
+        narrow[100:290, 5:15] = 1
+        none = np.full(4, np.nan, np.float32)
+        tile = np.asarray(draw_tile(Panel("k", "t", narrow * 0 + 90, narrow, narrow, none)))
+        assert (tile[:, :100] == 0).all() and (tile[:, -100:] == 0).all(), "beside a narrow image there is nothing"
 
 
 class TestCommand:

@@ -11,7 +11,16 @@ from torch import nn
 from data_shards.errors import UserError
 from trainer.models import LiteMedSAM
 from trainer.prompts import Prompts
-from trainer.tuning import FullTuning, LoRATuning, Tuning
+from trainer.tuning import (
+    FacTTuning,
+    FrozenEncoderTuning,
+    FullTuning,
+    LoRATuning,
+    SAMedTuning,
+    SelectiveTuning,
+    SSFTuning,
+    Tuning,
+)
 
 EMBEDDING = "prompt_encoder.shared_embedding.positional_embedding"
 
@@ -93,6 +102,74 @@ def test_without_layer_decay_every_rate_is_the_same(model):
     assert {group["lr"] for group in groups_by_name(model, tuning, 1e-3, 0.0).values()} == {1e-3}
 
 
+def test_a_papers_depth_slows_the_blocks_but_not_the_heads(model):
+    tuning = FullTuning(layer_decay=0.8, depth=15)
+    tuning.apply(model)
+    groups = groups_by_name(model, tuning, lr=1.0, weight_decay=0.0)
+    trunk = "image_encoder.trunk."
+    for name, below in {
+        f"{trunk}patch_embed.conv1.conv.weight": 16,
+        f"{trunk}stages.0.blocks.0.conv1.conv.weight": 15,
+        f"{trunk}stages.3.blocks.1.attn.qkv.weight": 4,
+        "image_encoder.neck.0.weight": 0,
+        "mask_decoder.iou_token.weight": 0,
+    }.items():
+        assert groups[name]["lr"] == pytest.approx(0.8**below), name
+
+
+def test_the_models_own_depth_is_the_default(model):
+    rates = [FullTuning(layer_decay=0.8, depth=depth).learning_rate_scales(model) for depth in (None, 12)]
+    assert rates[0] == rates[1]
+    assert "depth is the number of layers" in message(lambda: FullTuning(layer_decay=0.8, depth=0))
+
+
+def test_blocks_above_a_papers_depth_learn_as_the_heads(model):
+    """As with Medical SAM3's L = 12 on 32 blocks."""
+    rates = FullTuning(layer_decay=0.8, depth=5).learning_rate_scales(model)
+    trunk = "image_encoder.trunk."
+    assert rates[f"{trunk}patch_embed.conv1.conv.weight"] == pytest.approx(0.8**6)
+    assert rates[f"{trunk}stages.0.blocks.0.conv1.conv.weight"] == pytest.approx(0.8**5)
+    assert rates[f"{trunk}stages.2.blocks.0.attn.qkv.weight"] == pytest.approx(0.8), "block 5"
+    assert rates[f"{trunk}stages.2.blocks.1.attn.qkv.weight"] == rates[f"{trunk}stages.3.blocks.1.attn.qkv.weight"] == 1
+
+
+def test_rates_multiply_layer_decay_and_the_last_that_fits_counts(model):
+    rates = {"image_encoder": 0.1, "image_encoder.neck": 0.5, "*.iou_token.weight": 3.0}
+    for tuning, decayed in ((FullTuning(layer_decay=0.8, rates=rates), 0.8**13), (FullTuning(rates=rates), 1.0)):
+        scales = tuning.learning_rate_scales(model)
+        assert scales["image_encoder.trunk.patch_embed.conv1.conv.weight"] == pytest.approx(0.1 * decayed)
+        assert scales["image_encoder.neck.0.weight"] == pytest.approx(0.5)
+        assert scales["mask_decoder.iou_token.weight"] == pytest.approx(3.0)
+        assert scales["mask_decoder.mask_tokens.weight"] == 1.0
+
+
+def test_rates_reach_adapters(model):
+    tuning = LoRATuning(rates={"image_encoder": 0.5, "*.lora_B.*": 8.0})
+    tuning.apply(model)
+    scales = tuning.learning_rate_scales(model)
+    assert {rate for name, rate in scales.items() if ".lora_A." in name} == {0.5}
+    assert {rate for name, rate in scales.items() if ".lora_B." in name} == {8.0}
+    assert {rate for name, rate in scales.items() if name.startswith("mask_decoder.")} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("rates", "what"),
+    [
+        ({"image_encodr": 0.1}, "'image_encodr' matches no parameter of LiteMedSAM"),
+        ({"prompt_encoder": 0.1}, "rates: prompt_encoder: FullTuning lets nothing of it learn"),
+    ],
+)
+def test_rates_of_what_is_not_there_or_does_not_learn(model, rates, what):
+    tuning = FullTuning(rates=rates)
+    tuning.apply(model)
+    assert what in message(lambda: tuning.check_learns(model))
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+def test_a_rate_is_above_zero(rate):
+    assert "rates: mask_decoder" in message(lambda: SSFTuning(rates={"mask_decoder": rate}))
+
+
 def test_full_tuning_freezes_the_prompt_encoder_and_nothing_else(model):
     FullTuning().apply(model)
     assert learning(model) == {n for n, _ in model.named_parameters() if not n.startswith("prompt_encoder.")}
@@ -127,13 +204,54 @@ def test_a_pattern_that_matches_nothing_is_a_mistake(model, pattern):
     text = message(lambda: FullTuning(freeze=[pattern]).apply(model))
     assert f"'{pattern}' matches no parameter of LiteMedSAM" in text
     assert "image_encoder, mask_decoder, prompt_encoder" in text
-    assert f"'{pattern}'" in message(lambda: LoRATuning(train=[pattern]).apply(copy.deepcopy(model)))
+    for method in (LoRATuning, SAMedTuning, FacTTuning, SSFTuning, FrozenEncoderTuning):
+        tuning = method(train=[pattern])
+        assert f"'{pattern}'" in message(lambda tuning=tuning: tuning.apply(copy.deepcopy(model)))
 
 
 def test_freezing_everything_is_a_mistake(model):
     tuning = FullTuning(freeze=["*"])
     tuning.apply(model)
     assert "FullTuning leaves nothing to learn" in message(lambda: tuning.parameter_groups(model, 1e-3, 0.0))
+    assert "FullTuning leaves nothing to learn" in message(lambda: tuning.check_learns(model))
+
+
+def test_training_nothing_beside_a_frozen_encoder_is_a_mistake(model):
+    tuning = FrozenEncoderTuning(train=())
+    tuning.apply(model)
+    assert "FrozenEncoderTuning leaves nothing to learn" in message(lambda: tuning.check_learns(model))
+    tuning = FrozenEncoderTuning(train=["mask_decoder.iou_token"])
+    tuning.apply(model)
+    tuning.check_learns(model)
+    assert learning(model) == {"mask_decoder.iou_token.weight"}
+
+
+@pytest.mark.parametrize("pattern", ["image_encoder.neck", "*"])
+def test_a_frozen_encoder_stays_frozen(model, pattern):
+    text = message(lambda: FrozenEncoderTuning(train=[pattern]).apply(model))
+    assert f"'{pattern}' takes image_encoder." in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [({}, "selects nothing"), ({"last_blocks": -1}, "last_blocks is 0 or more")],
+)
+def test_selecting_nothing_is_a_mistake(arguments, what):
+    assert what in message(lambda: SelectiveTuning(**arguments))
+
+
+def test_there_are_only_so_many_blocks(model):
+    SelectiveTuning(last_blocks=10).apply(model)
+    assert "last_blocks 11: LiteMedSAM has 10" in message(lambda: SelectiveTuning(last_blocks=11).apply(model))
+
+
+@pytest.mark.parametrize("first", [LoRATuning(), SAMedTuning(), FacTTuning(), SSFTuning()])
+def test_a_second_method_on_the_same_model_is_a_mistake(model, first):
+    first.apply(model)
+    for second in (first, FullTuning(), LoRATuning(), SAMedTuning(), SSFTuning(), SelectiveTuning(norms=True)):
+        assert "carries the parts of a tuning method already" in message(lambda tuning=second: tuning.apply(model))
+    first.merge(model)
+    FullTuning().apply(model)
 
 
 @pytest.mark.parametrize("layer_decay", [0.0, -0.5, 1.1])
@@ -222,6 +340,12 @@ def test_lora_targets_that_do_not_fit(model, targets, what):
 
 
 @pytest.mark.parametrize("arguments", [{"rank": 0}, {"rank": -2}, {"dropout": -0.1}, {"dropout": 1.0}])
-def test_lora_arguments_out_of_range(arguments):
+@pytest.mark.parametrize("method", [LoRATuning, SAMedTuning, FacTTuning])
+def test_low_ranks_and_dropouts_out_of_range(method, arguments):
     (name,) = arguments
-    assert name in message(lambda: LoRATuning(**arguments))
+    assert name in message(lambda: method(**arguments))
+
+
+def test_scales_out_of_range():
+    assert "alpha is above 0" in message(lambda: LoRATuning(alpha=0))
+    assert "scale is above 0" in message(lambda: FacTTuning(scale=0))

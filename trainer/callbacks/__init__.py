@@ -1,14 +1,20 @@
 """What happens beside the training: checkpoints, records, progress."""
 
 from trainer.callbacks.checkpoint import RunCheckpoint
+from trainer.callbacks.ema import EMA
 from trainer.callbacks.evaluation import EvaluationRecord
+from trainer.callbacks.panels import ValidationPanels
 from trainer.callbacks.predictions import PredictionRecord
+from trainer.callbacks.probes import BoxJitterProbe
 from trainer.callbacks.progress import ProgressLines, RunBar
 from trainer.callbacks.record import RunRecord
 from trainer.callbacks.throughput import Throughput
 from trainer.callbacks.trace import SampleTrace
+from trainer.callbacks.validation import ValidationRecord
 
 __all__ = [
+    "EMA",
+    "BoxJitterProbe",
     "EvaluationRecord",
     "PredictionRecord",
     "ProgressLines",
@@ -17,4 +23,6 @@ __all__ = [
     "RunRecord",
     "SampleTrace",
     "Throughput",
+    "ValidationPanels",
+    "ValidationRecord",
 ]

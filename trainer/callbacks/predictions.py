@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, TextIO
 
 import numpy as np
@@ -10,12 +11,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from pycocotools import mask as coco_mask
 
 from data_shards.batch import TripletBatch
-from trainer.modules.medsam import Prediction
+from trainer.modules.scoring import Prediction
 from trainer.run import Run
 
 
 class PredictionRecord(Callback):
-    """Writes ``predictions/rank-R.jsonl``: a line a target, with its mask as COCO RLE at native resolution."""
+    """Writes ``predictions/rank-R.jsonl``: a line a target, with its mask as COCO RLE at native resolution.
+
+    ``box`` is there where one was asked with, as (x0, y0, x1, y1) in native pixels, and so are ``points``, as
+    (x, y, label) with the label 1 on the target and 0 beside it.
+    """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the file."""
@@ -46,11 +51,15 @@ class PredictionRecord(Callback):
     def _line(outputs: Prediction, batch: TripletBatch, q: int, target: int) -> dict[str, Any]:
         mask = outputs.masks[q].cpu().numpy()
         rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        box = [round(side, 2) for side in outputs.boxes[q].tolist()]
+        asked = zip(outputs.points[q].tolist(), outputs.labels[q].tolist(), strict=True)
+        points = [[round(x, 2), round(y, 2), int(label)] for (x, y), label in asked if label >= 0]
         return {
             "key": batch.keys[int(batch.image_index[q])],
             "target": target,
             "term": batch.terms[q],
-            "box": [round(float(side), 2) for side in outputs.boxes[q]],
+            **({"box": box} if all(map(math.isfinite, box)) else {}),
+            **({"points": points} if points else {}),
             "score": round(float(outputs.scores[q]), 4),
             "mask": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")},
         }

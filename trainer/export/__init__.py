@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from trainer.export.base import Exporter
 from trainer.export.litemedsam import LiteMedSAMExporter
+from trainer.export.medsam import MedSAMExporter
 
-EXPORTERS: dict[str, Exporter] = {exporter.name: exporter for exporter in (LiteMedSAMExporter(),)}
+EXPORTERS: dict[str, Exporter] = {exporter.name: exporter for exporter in (LiteMedSAMExporter(), MedSAMExporter())}
 """What ``trainer export --to`` takes, by name."""
 
 __all__ = ["EXPORTERS", "Exporter"]

@@ -13,7 +13,8 @@ from data_shards.errors import CommandParser, UserError, nearest
 from trainer.export import EXPORTERS, Exporter
 from trainer.export.gate import TOLERANCE, Verdict, compare, real_samples, require_consumer
 from trainer.models.weights import sha256_of
-from trainer.restore import find_checkpoint, recipe_of, restore
+from trainer.quiet import quieten
+from trainer.restore import Weights, find_checkpoint, recipe_of, restore
 from trainer.run import Run, write_json
 
 DESCRIPTION = """\
@@ -21,9 +22,11 @@ Write a run's weights in the format of another tool, then prove it: the tool's o
 it, and its logits are compared with ours on real images. Only an export that passes takes its name on disk.
 
   trainer export runs/quickstart --to litemedsam --out brain.pth
+  trainer export runs/liver --to medsam --out liver.pth        for segment-anything and MedSAM's own scripts
 
-Adapters (LoRA) are merged first. Beside the file lie FILE.preprocessing.json (what the weights expect of an image)
-and FILE.export.json (what the gate found).
+What is linear (LoRA, SAMed, FacT, SSF) is merged first; adapters and visual prompts have no place in these formats.
+Beside the file lie FILE.preprocessing.json (what the weights expect of an image) and FILE.export.json (what the gate
+found).
 """
 
 
@@ -33,6 +36,7 @@ def export_command(arguments: list[str]) -> int:
     Raises:
         UserError: A mistake in the arguments, a run that cannot be exported, or a gate that did not pass.
     """
+    quieten()
     values = _parser().parse_args(arguments)
     if values.to not in EXPORTERS:
         raise UserError(f"there is no export '{values.to}'{nearest(values.to, EXPORTERS)}")
@@ -44,7 +48,7 @@ def export_command(arguments: list[str]) -> int:
     if values.samples < 1:
         raise UserError(f"--samples {values.samples}: the gate needs 1 image or more")
     checkpoint = find_checkpoint(values.checkpoint, run) if values.checkpoint else None
-    record = export(run, exporter, out, checkpoint, values.images, values.samples, values.unverified)
+    record = export(run, exporter, out, checkpoint, values.images, values.samples, values.unverified, values.weights)
     _print(record)
     run.add_stage("export", time.perf_counter() - started)
     return 0
@@ -58,6 +62,7 @@ def export(
     images: str | None = None,
     samples: int = 8,
     unverified: bool = False,
+    weights: Weights | None = None,
 ) -> dict[str, Any]:
     """Export a run and pass it through the gate.
 
@@ -69,6 +74,7 @@ def export(
         images: Split of shards for the gate; the run's test split by default.
         samples: How many images the gate compares on.
         unverified: Write without the gate.
+        weights: Which weights, where the checkpoint has an average of them (EMA): that by default.
 
     Returns:
         The record that is written beside the file and into the run's ``exports`` folder.
@@ -80,7 +86,7 @@ def export(
     if not unverified:  # before anything slow
         require_consumer(exporter)
         batches = real_samples(images or _test_split(run), samples)
-    module = restore(run, checkpoint)
+    module = restore(run, checkpoint, weights)
     module.tuning.merge(module.model)
     if not exporter.accepts(module.model):
         raise UserError(f"{run.root}: a {type(module.model).__name__} cannot be exported to '{exporter.name}'")
@@ -114,6 +120,11 @@ def _parser() -> CommandParser:
     parser.add_argument("--to", required=True, metavar="FORMAT", help=f"one of: {', '.join(EXPORTERS)}")
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write; its folder is made")
     parser.add_argument("--checkpoint", metavar="CKPT", help="last, best or a path (default: last)")
+    parser.add_argument(
+        "--weights",
+        choices=("average", "raw"),
+        help="which, of a checkpoint that has an average (trainer.callbacks.EMA): that by default",
+    )
     parser.add_argument("--images", metavar="FOLDER", help="shards for the gate (default: the run's test split)")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="images for the gate (default: 8)")
     parser.add_argument("--unverified", action="store_true", help="write without the gate; the record says so")

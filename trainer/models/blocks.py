@@ -5,12 +5,14 @@ A family's blocks are found by the class that implements them, so a new family i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,7 @@ class DecoderBlock:
 
 def encoder_blocks(model: nn.Module) -> tuple[Block, ...]:
     """The encoders' transformer blocks, from the input on."""
-    found = ((name, module, _KINDS.get(_kind(module))) for name, module in model.named_modules())
+    found = ((name, module, _kind(module, _KINDS)) for name, module in model.named_modules())
     return tuple(describe(name, module) for name, module, describe in found if describe is not None)
 
 
@@ -102,13 +104,17 @@ def decoder_blocks(model: nn.Module) -> tuple[DecoderBlock, ...]:
             width=module.get_submodule("cross_attn_token_to_image").out_proj.out_features,
         )
         for name, module in model.named_modules()
-        if _kind(module) in _TWO_WAY
+        if _kind(module, _TWO_WAY)
     )
 
 
-def _kind(module: nn.Module) -> tuple[str, str]:
-    """Package and class of a module; nothing is imported for it, since some of the packages are optional."""
-    return type(module).__module__.split(".")[0], type(module).__name__
+def _kind(module: nn.Module, kinds: Mapping[tuple[str, str], T]) -> T | None:
+    """What a table holds of a module's class, by package and name: some of the packages are optional.
+
+    Classes that it derives from count too: sharding gives every module a class of its own.
+    """
+    known = ((cls.__module__.split(".")[0], cls.__name__) for cls in type(module).__mro__)
+    return next((kinds[kind] for kind in known if kind in kinds), None)
 
 
 def _fused(module: str, width: int, heads: int | None = None) -> dict[str, Projection]:
@@ -190,4 +196,4 @@ _KINDS: dict[tuple[str, str], Callable[[str, Any], Block]] = {
     ("sam2", "MultiScaleBlock"): _hiera,
     ("transformers", "Sam3ViTLayer"): _sam3,
 }
-_TWO_WAY = {("transformers", "SamTwoWayAttentionBlock"), ("sam2", "TwoWayAttentionBlock")}
+_TWO_WAY = {("transformers", "SamTwoWayAttentionBlock"): True, ("sam2", "TwoWayAttentionBlock"): True}

@@ -93,6 +93,7 @@ class MedSAMModule(ScoredModule):
         self.tuning.apply(self.model)
         if not score_weight:  # a loss on masks alone does not reach it, and DDP would wait for its gradient
             freeze(self.model, [self.model.score_head])
+        self.tuning.check_learns(self.model)
 
     def setup(self, stage: str) -> None:
         """Refuse training data that a box-prompted model cannot learn from.

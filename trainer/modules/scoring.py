@@ -6,6 +6,8 @@ Shapes: Q targets, P points a prompt, H W native height and width.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +16,12 @@ from torch import Tensor
 
 from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
-from trainer.metrics import overlap
+from trainer.metrics import nsd, overlap
 from trainer.ranks import every_rank
-from trainer.scores import CaseScore
+from trainer.scores import CaseScore, spreads
+
+TOLERANCE = 2.0
+"""Largest distance that NSD forgives, in mm where an image's spacing is known, else in native pixels."""
 
 
 @dataclass
@@ -51,6 +56,7 @@ class ScoredModule(LightningModule):
         super().__init__()
         self.scores: list[tuple[int, CaseScore]] = []
         """Rows of the evaluation that is running, on this rank, each with its sample's position in the corpus."""
+        self._gathered: list[CaseScore] | None = None
 
     @abstractmethod
     def predict_masks(self, batch: TripletBatch) -> Prediction:
@@ -60,23 +66,27 @@ class ScoredModule(LightningModule):
         """Predict, score every target at native resolution, and keep the rows."""
         prediction = self.predict_masks(batch)
         for q, (position, target) in enumerate(batch.identities):
-            image = int(batch.image_index[q])
-            dsc, iou = overlap(prediction.masks[q][None], batch.masks[q][None].to(self.device))
+            image, mask, truth = int(batch.image_index[q]), prediction.masks[q], batch.masks[q]
+            origin = batch.provenances[image]
+            dsc, iou = overlap(mask[None], truth[None].to(self.device))
             score = CaseScore(
                 key=batch.keys[image],
                 target=target,
                 term=batch.terms[q],
-                modality=batch.provenances[image].modality,
-                area_px=int(batch.masks[q].sum()),
+                modality=origin.modality,
+                area_px=int(truth.sum()),
                 dsc=float(dsc),
                 iou=float(iou),
+                dataset=origin.dataset,
+                nsd=nsd(mask.cpu().numpy(), truth.cpu().numpy(), TOLERANCE, origin.spacing or (1.0, 1.0)),
+                tolerance=f"{TOLERANCE:g} {'mm' if origin.spacing else 'px'}",
             )
             self.scores.append((position, score))
         return prediction
 
-    def validation_step(self, batch: TripletBatch, batch_idx: int) -> None:
-        """Score a batch."""
-        self.evaluation_step(batch)
+    def validation_step(self, batch: TripletBatch, batch_idx: int) -> Prediction:
+        """Score a batch; callbacks take the masks."""
+        return self.evaluation_step(batch)
 
     def test_step(self, batch: TripletBatch, batch_idx: int) -> Prediction:
         """Score a batch; callbacks take the masks."""
@@ -88,18 +98,18 @@ class ScoredModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the rows of the last evaluation."""
-        self.scores = []
+        self.scores, self._gathered = [], None
 
     def on_test_epoch_start(self) -> None:
         """Forget the rows of the last evaluation."""
-        self.scores = []
+        self.scores, self._gathered = [], None
 
     def on_validation_epoch_end(self) -> None:
-        """Log mean DSC and IoU over all ranks' targets."""
-        self._log_means("val", self.gathered_scores())
+        """Log means and medians over all ranks' targets."""
+        self._log("val", self.gathered_scores())
 
     def on_test_epoch_end(self) -> None:
-        """Log mean DSC and IoU over all ranks' targets.
+        """Log means and medians over all ranks' targets.
 
         Raises:
             UserError: There was none.
@@ -107,18 +117,38 @@ class ScoredModule(LightningModule):
         scores = self.gathered_scores()
         if not scores:
             raise UserError("data.init_args.test: no target was scored; the split holds none, or was limited to none")
-        self._log_means("test", scores)
+        self._log("test", scores)
 
     def gathered_scores(self) -> list[CaseScore]:
-        """Every rank's rows in corpus order, each target once."""
-        rows = {(position, score.target): score for part in every_rank(self.scores) for position, score in part}
-        return [rows[place] for place in sorted(rows)]
+        """Every rank's rows in corpus order, each target once; at an evaluation's end, when all ranks ask."""
+        if self._gathered is None:
+            rows = {(position, score.target): score for part in every_rank(self.scores) for position, score in part}
+            self._gathered = [rows[place] for place in sorted(rows)]
+        return self._gathered
 
-    def _log_means(self, stage: str, scores: list[CaseScore]) -> None:
-        if scores:
-            means = {
-                f"{stage}/dsc": sum(score.dsc for score in scores) / len(scores),
-                f"{stage}/iou": sum(score.iou for score in scores) / len(scores),
-            }
-            # every rank holds the same rows, so reducing changes nothing, and spares Lightning's warning
-            self.log_dict(means, sync_dist=True, prog_bar=True)
+    def _log(self, stage: str, scores: list[CaseScore]) -> None:
+        # every rank holds the same rows, so reducing changes nothing, and spares Lightning's warning
+        self.log_dict(logged_spreads(stage, scores), sync_dist=True)
+
+
+def logged_spreads(stage: str, scores: Sequence[CaseScore]) -> dict[str, float]:
+    """What is logged of an evaluation.
+
+    Args:
+        stage: ``val`` or ``test``.
+        scores: Its rows.
+
+    Returns:
+        Means such as ``val/dsc``, medians such as ``val/dsc_median``, and where there are several data sets or
+        modalities their means, such as ``val/dsc/modality/CT``. Terms may be hundreds: they are left to the tables.
+    """
+    found = spreads(scores)
+    groups = Counter(spread.kind for spread in found if spread.metric == "dsc")
+    values: dict[str, float] = {}
+    for spread in found:
+        name = f"{stage}/{spread.metric}"
+        if spread.kind == "all":
+            values |= {name: spread.mean, f"{name}_median": spread.median}
+        elif spread.kind in ("dataset", "modality") and groups[spread.kind] > 1:
+            values[f"{name}/{spread.kind}/{spread.group}"] = spread.mean
+    return values

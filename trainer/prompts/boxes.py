@@ -66,8 +66,23 @@ class BoxPrompts(Prompter):
                 generator = np.random.default_rng((self.seed, epoch, *draw))
                 drawn[row] = generator.integers(0, self.max_shift, size=4, endpoint=True)
             shifts = torch.from_numpy(drawn).to(boxes)
-        low = (boxes[:, :2] - shifts[:, :2]).clamp(min=0)
-        limit = (sizes.flip(1) - 1).to(boxes)
-        # scaled down, the last pixel's index lies a fraction beyond the limit: such a side stays where it is
-        high = torch.maximum(boxes[:, 2:], torch.minimum(boxes[:, 2:] + shifts[:, 2:], limit))
-        return torch.cat([low, high], dim=1)
+        return push(boxes, shifts, sizes)
+
+
+def push(boxes: Tensor, shifts: Tensor, sizes: Tensor) -> Tensor:
+    """Push the sides of boxes outwards, or inwards up to the middle.
+
+    Args:
+        boxes: (Q, 4) as (x0, y0, x1, y1) in pixels of the model's input.
+        shifts: (Q, 4) pixels for each side, below 0 inwards.
+        sizes: (Q, 2) height and width, in the same pixels, of the image's valid area: boxes stay inside.
+
+    Returns:
+        (Q, 4) boxes.
+    """
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+    low = torch.minimum((boxes[:, :2] - shifts[:, :2]).clamp(min=0), middle)
+    # scaled down, the last pixel's index lies a fraction beyond the limit: such a side stays where it is
+    limit = torch.maximum(boxes[:, 2:], (sizes.flip(1) - 1).to(boxes))
+    high = torch.maximum(torch.minimum(boxes[:, 2:] + shifts[:, 2:], limit), middle)
+    return torch.cat([low, high], dim=1)

@@ -63,17 +63,26 @@ class MaskPrompts(Prompter):
         # half a pixel or more is inside, relative to the pixel that is most so: the smallest target keeps one
         masks = (masks >= 0.5).float()
         sides = (truth.boxes[:, 2:] - truth.boxes[:, :2] + 1) * side / truth.masks.shape[-1]
+        valid = inside(truth, side).float()
         rough = [
-            self._roughen(mask, (width, height), None if epoch is None else (epoch, *draw))
-            for mask, (width, height), draw in zip(masks, sides.tolist(), truth.draws, strict=True)
+            self._roughen(mask, area, (width, height), None if epoch is None else (epoch, *draw))
+            for mask, area, (width, height), draw in zip(masks, valid, sides.tolist(), truth.draws, strict=True)
         ]
-        valid = F.adaptive_max_pool2d(inside(truth).float()[:, None], side)[:, 0]
         stacked = torch.stack(rough) if rough else masks
         logits = torch.logit(_highest_to_one(stacked) * valid, eps=_SUREST)
         return [Prompts(truth.image_index, masks=logits, rows=torch.arange(len(truth)))]
 
-    def _roughen(self, mask: Tensor, box: tuple[float, float], numbers: tuple[int, ...] | None) -> Tensor:
-        """Change one mask (h, w) whose box has this width and height; the numbers are what randomness depends on."""
+    def _roughen(
+        self, mask: Tensor, valid: Tensor, box: tuple[float, float], numbers: tuple[int, ...] | None
+    ) -> Tensor:
+        """Change one mask.
+
+        Args:
+            mask: (h, w) of 0 and 1.
+            valid: (h, w) of 0 and 1, without the padding.
+            box: Width and height of the target's box, in pixels of the mask.
+            numbers: What randomness depends on; None in evaluation.
+        """
         shorter = min(box)
         block = self.eval_block
         if numbers is not None:
@@ -81,7 +90,7 @@ class MaskPrompts(Prompter):
             growth, right, down = generator.uniform(-1, 1, size=3)
             block = int(generator.integers(1, self.max_block, endpoint=True))
             mask = _grown(mask, round(growth * self.max_growth * shorter))
-            mask = _shifted(mask, round(right * self.max_shift * box[0]), round(down * self.max_shift * box[1]))
+            mask = _shifted(mask, valid, round(right * self.max_shift * box[0]), round(down * self.max_shift * box[1]))
         return _blocks(mask, max(1, min(block, int(shorter / 2))))
 
 
@@ -94,16 +103,22 @@ def _grown(mask: Tensor, pixels: int) -> Tensor:
     """Move the border of a mask (h, w) outwards, or inwards if negative; what would be lost whole stays as it is."""
     if not pixels:
         return mask
-    width = 2 * abs(pixels) + 1
     if pixels > 0:
-        return F.max_pool2d(mask[None], width, stride=1, padding=pixels)[0]
-    shrunk = -F.max_pool2d(-mask[None], width, stride=1, padding=-pixels)[0]
+        return _widest(mask, pixels)
+    shrunk = -_widest(-mask, -pixels)
     return torch.where(shrunk.amax() > 0, shrunk, mask)
 
 
-def _shifted(mask: Tensor, right: int, down: int) -> Tensor:
-    """Shift a mask (h, w); what leaves the image is lost, unless that were all of it."""
-    shifted = F.pad(mask, (right, -right, down, -down))
+def _widest(mask: Tensor, pixels: int) -> Tensor:
+    """The highest value of a mask (h, w) within so many pixels of each: first along columns, then along rows."""
+    width = 2 * pixels + 1
+    along = F.max_pool2d(mask[None], (width, 1), stride=1, padding=(pixels, 0))
+    return F.max_pool2d(along, (1, width), stride=1, padding=(0, pixels))[0]
+
+
+def _shifted(mask: Tensor, valid: Tensor, right: int, down: int) -> Tensor:
+    """Shift a mask (h, w); what leaves the valid area (h, w) is lost, unless that were all of it."""
+    shifted = F.pad(mask, (right, -right, down, -down)) * valid
     return torch.where(shifted.amax() > 0, shifted, mask)
 
 

@@ -21,10 +21,10 @@ def on_target(truth: Truth) -> Tensor:
     return (truth.masks > 0.5) & inside(truth)
 
 
-def inside(truth: Truth) -> Tensor:
-    """Pixels of each target's image, without the padding: (Q, S, S) bool."""
-    sizes = truth.sizes.to(truth.masks.device, non_blocking=True)
-    ticks = torch.arange(truth.masks.shape[-1], device=sizes.device)
+def inside(truth: Truth, side: int | None = None) -> Tensor:
+    """Pixels of each target's image, without the padding: (Q, S, S) bool, or on a grid of another `side`."""
+    sizes, whole = truth.sizes.to(truth.masks.device, non_blocking=True), truth.masks.shape[-1]
+    ticks = torch.arange(side or whole, device=sizes.device) * (whole / (side or whole))
     rows, columns = ticks < sizes[:, :1], ticks < sizes[:, 1:]
     return rows[:, :, None] & columns[:, None, :]
 
@@ -59,8 +59,8 @@ def drawn(regions: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Points (Q, P, 2) float32 as (x, y), and which of the regions have a pixel at all, (Q,) bool.
     """
-    in_rows = regions.sum(2)
-    until = in_rows.cumsum(1)
+    in_rows = regions.sum(2, dtype=torch.int32)  # on a CPU twice as fast as with 64 bits
+    until = in_rows.cumsum(1)  # 64 bits
     count = until[:, -1:]
     rank = numbers.to(regions.device, non_blocking=True) % count.clamp(min=1)
     last = regions.shape[1] - 1

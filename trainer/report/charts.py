@@ -6,7 +6,7 @@ Shapes: N values.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from trainer.report.curves import Curve
 from trainer.report.markup import score, signed
+from trainer.report.records import Jitter
 
 MOST_POINTS = 400
 """Points of a curve as drawn; longer ones are averaged in bins."""
@@ -182,6 +183,34 @@ def paired_plot(pairs: Sequence[tuple[str, float, float]], name: str) -> str:
     strength = min(0.45, max(0.12, 20 / len(chosen)))  # many lines are faint, so that they show where most of them run
     drawn = f'<g style="--strength:{strength:.2f}">{"".join(lines)}</g>'
     return frame.picture(label, frame.grid(ticks, name), drawn, boxes, words)
+
+
+def jitter_chart(curves: Mapping[str, Jitter]) -> str:
+    """Mean DSC over the shift of the box, a line for each evaluation.
+
+    Args:
+        curves: By ``before`` and ``after``, at least one of them.
+    """
+    values = [value for curve in curves.values() for value in curve.dsc]
+    shifts = sorted({shift for curve in curves.values() for shift in curve.shifts})
+    ticks = nice_ticks(min(values), max(values), 4)
+    frame = Frame(x=(shifts[0], shifts[-1]), y=(ticks[0], ticks[-1]))
+    lines, words = [], []
+    for name, curve in curves.items():
+        dots = "".join(
+            f'<circle cx="{frame.across(shift):.1f}" cy="{frame.up(value):.1f}" r="3.5">'
+            f"<title>{name} tuning, {shift:g} px: {value:.3f}</title></circle>"
+            for shift, value in zip(curve.shifts, curve.dsc, strict=True)
+        )
+        lines.append(f'<g class="jitter {name}"><path d="{frame.path(curve.shifts, curve.dsc)}"/>{dots}</g>')
+        ends = f"{curve.dsc[0]:.3f} at {curve.shifts[0]:g} px and {curve.dsc[-1]:.3f} at {curve.shifts[-1]:g} px"
+        words.append(f"{name} tuning {max(curve.dsc):.3f} at best, {ends}")
+    return frame.picture(
+        f"mean DSC by shift of the box: {'; '.join(words)}",
+        frame.grid(ticks, "mean DSC"),
+        frame.below(shifts, "shift of the box's sides (px)"),
+        "".join(lines),
+    )
 
 
 def _box(frame: Frame, x: float, values: np.ndarray, kind: str) -> str:

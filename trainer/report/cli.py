@@ -59,8 +59,9 @@ def _show(data: RunData, summary: dict[str, Any]) -> None:
 
     from trainer.report.answer import few_volumes, scored_unlike
     from trainer.report.markup import UNKNOWN, duration, interval, score
+    from trainer.scores import METRICS
 
-    ends = {name: f"{score(summary[f'{name}_before'])} → {score(summary[f'{name}_after'])}" for name in ("dsc", "iou")}
+    ends = {name: f"{score(summary[f'{name}_before'])} → {score(summary[f'{name}_after'])}" for name in METRICS}
     bounds = summary["dsc_gain_ci95"]
     gain = f"  (gain, 95 % CI: {interval((bounds[0], bounds[1]))})" if bounds else ""
     rate, verified = summary["images_per_second"], summary["export_verified"]
@@ -68,6 +69,8 @@ def _show(data: RunData, summary: dict[str, Any]) -> None:
     table.add_row("targets", UNKNOWN if summary["targets"] is None else f"{summary['targets']:,}")
     table.add_row("DSC", ends["dsc"] + gain)
     table.add_row("IoU", ends["iou"])
+    if summary["nsd_after"] is not None or summary["nsd_before"] is not None:
+        table.add_row("NSD", ends["nsd"])
     few = few_volumes(data)
     if few:
         table.add_row("note", few)

@@ -12,11 +12,11 @@ import numpy as np
 from data_shards.errors import UserError
 from trainer.report.curves import Curve, read_curves
 from trainer.report.panels import Panel, load_panels
-from trainer.report.records import read_export, read_record, read_stages
+from trainer.report.records import Jitter, read_export, read_jitter, read_record, read_stages
 from trainer.report.statistics import Comparison, compare
 from trainer.report.traces import read_skipped, read_traces
 from trainer.run import Run, opening
-from trainer.scores import CaseScore, read_scores
+from trainer.scores import CaseScore, pair, read_scores
 
 BEFORE, AFTER = "untouched", "tuned"
 """Names of the evaluations that a report compares."""
@@ -31,12 +31,14 @@ class Evaluation:
         scores: Rows in the order of the file, every (key, target) once.
         panels: Some targets as pictures.
         record: ``evaluation.json``, or empty.
+        jitter: Scores with boxes that are off, if they were probed.
     """
 
     name: str
     scores: tuple[CaseScore, ...]
     panels: tuple[Panel, ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
+    jitter: Jitter | None = None
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,7 @@ class RunData:
         """Targets with a score before and after, in the order of the second evaluation."""
         if self.before is None or self.after is None:
             return []
-        first = {(score.key, score.target): score for score in self.before.scores}
-        found = [(first.get((score.key, score.target)), score) for score in self.after.scores]
-        return [(before, after) for before, after in found if before is not None]
+        return pair(self.before.scores, self.after.scores)
 
     def scores(self) -> list[CaseScore]:
         """Rows that the report is about: those after tuning where there are any, paired where there are pairs."""
@@ -94,12 +94,10 @@ class RunData:
         return list(only.scores) if only else []
 
     def compare(self, score: str) -> Comparison | None:
-        """Compare ``dsc`` or ``iou`` over the pairs; None without any."""
-        pairs = self.pairs()
-        if not pairs:
-            return None
-        before, after = (np.array([getattr(side, score) for side in sides]) for sides in zip(*pairs, strict=True))
-        return compare(before, after)
+        """Compare ``dsc``, ``iou`` or ``nsd`` over the pairs that have it; None without any."""
+        values = [(getattr(before, score), getattr(after, score)) for before, after in self.pairs()]
+        both = np.array([value for value in values if None not in value], np.float64).reshape(-1, 2)
+        return compare(both[:, 0], both[:, 1]) if len(both) else None
 
     def images_per_second(self) -> float | None:
         """Median of what was logged, without the first, which includes the warm-up."""
@@ -188,7 +186,8 @@ def _evaluation(folder: Path) -> Evaluation | None:
     if not scores:
         return None
     pictures = tuple(load_panels(panels)) if panels.is_file() else ()
-    return Evaluation(folder.name, scores, pictures, read_record(folder / "evaluation.json"))
+    record, jitter = read_record(folder / "evaluation.json"), read_jitter(folder / "jitter.json")
+    return Evaluation(folder.name, scores, pictures, record, jitter)
 
 
 def _differences(name: str, first: Any, second: Any) -> list[str]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
-from statistics import fmean, stdev
 from typing import Any
 
 from data_shards.errors import counted
 from trainer.report.answer import answer, limits, scored_unlike
-from trainer.report.charts import MOST_LINES, line_chart, paired_plot
+from trainer.report.charts import MOST_LINES, jitter_chart, line_chart, paired_plot
 from trainer.report.data import Evaluation, RunData
 from trainer.report.gate import gate_figure, gate_section
+from trainer.report.groups import group_sections, mean_sd, scored_metrics
 from trainer.report.markup import Markup, code, duration, facts, paragraph, score, section, signed, table, text
-from trainer.report.pictures import choose, draw
+from trainer.report.pictures import Choice, choose, draw
 from trainer.report.style import STYLE
-from trainer.scores import CaseScore
+from trainer.scores import values_of
 
 WORST = 10
 """Rows of the table of worst cases."""
@@ -25,7 +24,6 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _LEGEND = (
     ("truth", "truth", "solid", '<path class="truth" d="M4 9h26"/>'),
     ("prediction", "prediction", "dashed and filled", '<path class="prediction" d="M4 4h26v10h-26z"/>'),
-    ("prompt", "box", "dotted: the prompt", '<rect class="prompt" x="4" y="4" width="26" height="10"/>'),
 )
 
 
@@ -40,7 +38,8 @@ def render(data: RunData) -> str:
             _panels(data),
             _training(data),
             _targets(data),
-            _terms(data),
+            _jitter(data),
+            *group_sections(data),
             _worst(data),
             _others(data.others),
             gate_section(data.exports),
@@ -93,6 +92,7 @@ def _key_figures(data: RunData) -> str:
     figures = (
         ("Mean DSC", *_before_after(data, "dsc")),
         ("Mean IoU", *_before_after(data, "iou")),
+        *((("Mean NSD", *_before_after(data, "nsd")),) if "nsd" in scored_metrics(data.scores()) else ()),
         ("Images per second", f"{rate:,.3g}" if rate else None, "median over the training" if rate else "not logged"),
         ("Parameters that learn", _millions(trainable), share or "not recorded"),
         ("Time to fit", duration(fit), data.record.get("hardware") or ""),
@@ -115,7 +115,7 @@ def _before_after(data: RunData, name: str) -> tuple[str | Markup | None, str]:
     if only is None:
         return None, "not evaluated"
     when = f"{'after' if data.after else 'before'} tuning, {counted(len(only.scores), 'target')}"
-    return score(fmean(getattr(row, name) for row in only.scores)), when
+    return score(float(values_of(only.scores, name).mean())), when
 
 
 def _panels(data: RunData) -> str:
@@ -127,7 +127,7 @@ def _panels(data: RunData) -> str:
         f'<label><input type="checkbox" id="show-{kind}" checked>'
         f'<svg viewBox="0 0 34 18" aria-hidden="true">{mark}</svg>'
         f"<span>{name} <small>({how})</small></span></label>"
-        for kind, name, how, mark in _LEGEND
+        for kind, name, how, mark in (*_LEGEND, _prompt_legend(choices))
     )
     note = (
         f"{counted(len(choices), 'target')} of the {kept} that were kept as pictures, from worst to best by DSC"
@@ -143,6 +143,13 @@ def _panels(data: RunData) -> str:
     )
 
 
+def _prompt_legend(choices: Sequence[Choice]) -> tuple[str, str, str, str]:
+    box = '<rect class="prompt" x="4" y="4" width="26" height="10"/>'
+    if not any(len(choice.panel.points) for choice in choices):
+        return "prompt", "box", "dotted: the prompt", box
+    return "prompt", "prompt", "dotted box; circle: on the target; cross: beside it", box
+
+
 def _training(data: RunData) -> str:
     loss, dsc, checks = (data.curves.get(name, {}) for name in ("train/loss", "train/dsc", "val/dsc"))
     charts = []
@@ -154,8 +161,20 @@ def _training(data: RunData) -> str:
     if not charts:
         return ""
     marks = " Circles: DSC of the validation split." if dsc and checks else ""
-    note = f"Faint: as logged, a batch a point. Strong: smoothed.{marks}"
+    note = f"Faint: as logged, a batch a point. Strong: smoothed.{marks}{_forgotten(data)}"
     return section("Training", f'<div class="charts">{"".join(charts)}</div>', paragraph(note, "note"))
+
+
+def _forgotten(data: RunData) -> str:
+    """How the last validation compares with the untouched model's on the same targets."""
+    gain, worse = (data.curves.get(f"val/{name}", {}) for name in ("dsc_gain", "targets_worse"))
+    if not gain or not worse:
+        return ""
+    last = max(gain)
+    return (
+        f" At the last validation (step {last}) mean DSC differed from the untouched model's on the same targets by "
+        f"{signed(gain[last])}; {worse.get(last, 0.0):.0%} of the targets were clearly worse.".replace("%", "\u00a0%")
+    )
 
 
 def _targets(data: RunData) -> str:
@@ -181,58 +200,58 @@ def _targets(data: RunData) -> str:
     return section("Every target", f'<div class="charts">{figure}<div class="words">{words}{note}{fewer}</div></div>')
 
 
-def _terms(data: RunData) -> str:
-    groups: dict[str, list[tuple[CaseScore | None, CaseScore]]] = defaultdict(list)
-    pairs: Sequence[tuple[CaseScore | None, CaseScore]] = data.pairs() or [(None, row) for row in data.scores()]
-    for before, after in pairs:
-        groups[after.term].append((before, after))
-    if not groups:
+def _jitter(data: RunData) -> str:
+    """How scores fall when boxes are off."""
+    found = {"before": data.before, "after": data.after}
+    curves = {name: evaluation.jitter for name, evaluation in found.items() if evaluation and evaluation.jitter}
+    if not curves:
         return ""
-    paired = bool(data.pairs())
-    when = "after" if data.after else "before"
-    columns = ["Term", "n", "DSC before", "DSC after", "Gain", "IoU before", "IoU after"]
-    if not paired:
-        columns = ["Term", "n", f"DSC {when}", f"IoU {when}"]
-    rows = [_term(term, groups[term]) for term in sorted(groups, key=lambda term: (-len(groups[term]), term))]
-    foot = _term("all", list(pairs)) if len(groups) > 1 else ()
-    return section("By term", table(columns, rows, label="Scores by term, mean ± standard deviation", foot=foot))
-
-
-def _term(term: str, pairs: Sequence[tuple[CaseScore | None, CaseScore]]) -> tuple[Any, ...]:
-    befores, afters = [before for before, _ in pairs if before], [after for _, after in pairs]
-    if not befores:
-        return term, len(afters), _mean_sd(afters, "dsc"), _mean_sd(afters, "iou")
-    gain = fmean(after.dsc for after in afters) - fmean(before.dsc for before in befores)
-    scores = [_mean_sd(rows, name) for name in ("dsc", "iou") for rows in (befores, afters)]
-    return term, len(afters), *scores[:2], signed(gain), *scores[2:]
-
-
-def _mean_sd(rows: Sequence[CaseScore], name: str) -> str:
-    values = [getattr(row, name) for row in rows]
-    return score(fmean(values)) + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    last = list(curves.values())[-1]
+    counts = " and ".join(f"{counted(curve.targets, 'target')} {name} tuning" for name, curve in curves.items())
+    note = (
+        f"Mean DSC when every side of the box is pushed outwards (above 0) or inwards (below 0) by so many pixels of "
+        f"an input with {last.side} px a side: {counts}. The steeper a curve falls, the less a model forgives a box "
+        "that is off."
+    )
+    legend = {"before": "grey, dashed: before tuning", "after": "blue: after tuning"}
+    words = "; ".join(legend[name] for name in curves)
+    figure = f"<figure>{jitter_chart(curves)}</figure>"
+    body = f'<div class="words">{paragraph(note, "note")}{paragraph(words[0].upper() + words[1:] + ".", "note")}</div>'
+    return section("Boxes that are off", f'<div class="charts">{figure}{body}</div>')
 
 
 def _worst(data: RunData) -> str:
     pairs, label = data.pairs(), "The targets with the lowest DSC"
+    nsd = "nsd" in scored_metrics(data.scores())
     if pairs:
-        columns = ("Term", "DSC before", "DSC after", "Gain", "Area (px)", "Sample")
+        columns = ("Term", "DSC before", "DSC after", "Gain", *(("NSD after",) if nsd else ()), "Area (px)", "Sample")
         ranked = sorted(pairs, key=lambda pair: pair[1].dsc)[:WORST]
         rows: list[tuple[Any, ...]] = [
-            (a.term, score(b.dsc), score(a.dsc), signed(a.dsc - b.dsc), f"{a.area_px:,}", code(a.key))
+            (
+                *(a.term, score(b.dsc), score(a.dsc), signed(a.dsc - b.dsc)),
+                *((score(a.nsd),) if nsd else ()),
+                *(f"{a.area_px:,}", code(a.key)),
+            )
             for b, a in ranked
         ]
-        return section("Worst cases", table(columns, rows, label=label, words=(0, 5)))
+        return section("Worst cases", table(columns, rows, label=label, words=(0, len(columns) - 1)))
     alone = sorted(data.scores(), key=lambda row: row.dsc)[:WORST]
-    rows = [(row.term, score(row.dsc), f"{row.area_px:,}", code(row.key)) for row in alone]
-    names = ("Term", "DSC", "Area (px)", "Sample")
-    return section("Worst cases", table(names, rows, label=label, words=(0, 3))) if rows else ""
+    rows = [
+        (row.term, score(row.dsc), *((score(row.nsd),) if nsd else ()), f"{row.area_px:,}", code(row.key))
+        for row in alone
+    ]
+    names = ("Term", "DSC", *(("NSD",) if nsd else ()), "Area (px)", "Sample")
+    table_ = table(names, rows, label=label, words=(0, len(names) - 1))
+    return section("Worst cases", table_) if rows else ""
 
 
 def _others(evaluations: Sequence[Evaluation]) -> str:
     if not evaluations:
         return ""
-    rows = [(e.name, len(e.scores), _mean_sd(e.scores, "dsc"), _mean_sd(e.scores, "iou")) for e in evaluations]
-    return section("Other evaluations", table(("Evaluation", "n", "DSC", "IoU"), rows, label="Other evaluations"))
+    metrics = scored_metrics([row for evaluation in evaluations for row in evaluation.scores])
+    rows = [(e.name, len(e.scores), *(mean_sd(e.scores, metric) for metric in metrics)) for e in evaluations]
+    columns = ("Evaluation", "n", *({"dsc": "DSC", "iou": "IoU", "nsd": "NSD"}[metric] for metric in metrics))
+    return section("Other evaluations", table(columns, rows, label="Other evaluations"))
 
 
 def _facts(data: RunData) -> str:

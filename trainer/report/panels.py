@@ -1,12 +1,13 @@
 """The pictures of an evaluation, in a file that anything can read.
 
-Shapes: H, W are an image's native height and width in pixels; they differ between panels.
+Shapes: H, W are an image's native height and width in pixels, P its points; they differ between panels.
 """
 
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ class Panel:
         image: (H, W) grey or (H, W, 3) RGB, uint8.
         truth: (H, W) uint8, nonzero inside.
         prediction: (H, W) uint8, nonzero inside.
-        box: (4,) float32, the prompt (x0, y0, x1, y1) in native pixels, the outermost pixels included.
+        box: (4,) float32, the prompt (x0, y0, x1, y1) in native pixels, the outermost pixels included; NaN without one.
+        points: (P, 3) float32, the prompt's points as (x, y, label) in native pixels, 1 on the target and 0 beside it.
     """
 
     key: str
@@ -33,6 +35,7 @@ class Panel:
     truth: np.ndarray
     prediction: np.ndarray
     box: np.ndarray
+    points: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.float32))
 
     @property
     def dsc(self) -> float:
@@ -42,41 +45,24 @@ class Panel:
         return 2 * int((truth & prediction).sum()) / total if total else 1.0
 
 
-def save_panels(
-    path: Path,
-    *,
-    keys: list[str],
-    terms: list[str],
-    images: list[np.ndarray],
-    truths: list[np.ndarray],
-    predictions: list[np.ndarray],
-    boxes: list[np.ndarray],
-) -> None:
-    """Write panels as a compressed npz without pickles, whole or not at all.
-
-    Args:
-        path: The file; its folder is made.
-        keys: Sample keys, one a panel, as are all lists.
-        terms: Clinical terms.
-        images: (H, W) or (H, W, 3) uint8.
-        truths: (H, W) uint8.
-        predictions: (H, W) uint8.
-        boxes: (4,) float32 as (x0, y0, x1, y1) in native pixels.
+def save_panels(path: Path, panels: Sequence[Panel]) -> None:
+    """Write panels as a compressed npz without pickles, whole or not at all; its folder is made.
 
     Raises:
-        ValueError: The lists differ in length, or a mask in size from its image.
+        ValueError: A mask differs in size from its image.
     """
-    columns = (keys, terms, images, truths, predictions, boxes)
-    if len({len(column) for column in columns}) != 1:
-        raise ValueError(f"lists of different lengths: {[len(column) for column in columns]}")
-    arrays: dict[str, np.ndarray] = {"keys": np.array(keys, dtype=str), "terms": np.array(terms, dtype=str)}
-    for number, (image, truth, prediction) in enumerate(zip(images, truths, predictions, strict=True)):
+    names = {name: [getattr(panel, name) for panel in panels] for name in ("key", "term")}
+    arrays: dict[str, np.ndarray] = {f"{name}s": np.array(values, dtype=str) for name, values in names.items()}
+    for number, panel in enumerate(panels):
+        image, truth, prediction = panel.image, panel.truth, panel.prediction
         if not image.shape[:2] == truth.shape == prediction.shape:
-            raise ValueError(f"{keys[number]}: image {image.shape}, truth {truth.shape}, prediction {prediction.shape}")
+            raise ValueError(f"{panel.key}: image {image.shape}, truth {truth.shape}, prediction {prediction.shape}")
         arrays[f"image_{number}"] = np.asarray(image, np.uint8)
         arrays[f"truth_{number}"] = np.asarray(truth, np.uint8)
         arrays[f"prediction_{number}"] = np.asarray(prediction, np.uint8)
-    arrays["boxes"] = np.asarray(boxes, np.float32).reshape(-1, 4)
+        if len(panel.points):
+            arrays[f"points_{number}"] = np.asarray(panel.points, np.float32)
+    arrays["boxes"] = np.asarray([panel.box for panel in panels], np.float32).reshape(-1, 4)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as handle:
@@ -101,6 +87,7 @@ def load_panels(path: Path) -> list[Panel]:
                 truth=arrays[f"truth_{number}"],
                 prediction=arrays[f"prediction_{number}"],
                 box=arrays["boxes"][number],
+                points=arrays.get(f"points_{number}", np.zeros((0, 3), np.float32)),
             )
             for number, (key, term) in enumerate(zip(arrays["keys"], arrays["terms"], strict=True))
         ]

@@ -1,4 +1,4 @@
-"""Panels as pictures: the image with outlines of truth, prediction and box.
+"""Panels as pictures: the image with outlines of truth, prediction and box, and with the points of the prompt.
 
 The image is pixels; the outlines are vectors in its coordinates, (0, 0) being the image's upper left corner.
 Shapes: H, W are an image's height and width in pixels.
@@ -80,12 +80,11 @@ def choose(data: RunData) -> list[Choice]:
 
 
 def crop_of(choice: Choice) -> Crop:
-    """A square around box and truth with a margin, wider where a prediction reaches out; or the whole image."""
+    """A square around prompt and truth with a margin, wider where a prediction reaches out; or the whole image."""
     panel = choice.panel
     height, width = panel.truth.shape
-    x0, y0, x1, y1 = _extent(panel.truth, panel.box)
-    masks = [side.prediction for side in (choice.before, choice.after) if side]
-    outer = [_extent(mask, panel.box) for mask in masks]
+    x0, y0, x1, y1 = _extent(panel.truth, panel)
+    outer = [_extent(side.prediction, panel) for side in (choice.before, choice.after) if side]
     centre_x, centre_y = (x0 + x1) / 2, (y0 + y1) / 2
     reach = max(abs(edge - centre) for e in outer for edge, centre in zip(e, (centre_x, centre_y) * 2, strict=True))
     longest = max(x1 - x0, y1 - y0) + 1
@@ -99,13 +98,21 @@ def crop_of(choice: Choice) -> Crop:
     return Crop(start[0], start[1], side)
 
 
-def _extent(mask: np.ndarray, box: np.ndarray) -> tuple[float, float, float, float]:
-    """The smallest box (x0, y0, x1, y1) around a mask and a box."""
-    x0, y0, x1, y1 = (float(edge) for edge in box)
+def _extent(mask: np.ndarray, panel: Panel) -> tuple[float, float, float, float]:
+    """The smallest box (x0, y0, x1, y1) around a mask and the panel's prompt; the whole image without either."""
+    height, width = mask.shape
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not rows.size:
-        return x0, y0, x1, y1
-    return min(x0, columns[0]), min(y0, rows[0]), max(x1, columns[-1]), max(y1, rows[-1])
+    xs, ys = [*panel.points[:, 0], *columns[:1], *columns[-1:]], [*panel.points[:, 1], *rows[:1], *rows[-1:]]
+    if has_box(panel):
+        xs, ys = [*xs, *panel.box[::2]], [*ys, *panel.box[1::2]]
+    if not xs:
+        return 0.0, 0.0, width - 1.0, height - 1.0
+    return float(min(xs)), float(min(ys)), float(max(xs)), float(max(ys))
+
+
+def has_box(panel: Panel) -> bool:
+    """Whether a box is part of the prompt."""
+    return bool(np.isfinite(panel.box).all())
 
 
 def draw(choice: Choice, number: int) -> str:
@@ -122,7 +129,7 @@ def draw(choice: Choice, number: int) -> str:
     for position, (name, side) in enumerate(sides):
         base = f'<use href="#target-{number}"/>' if position else image
         label = f"{panel.term} {name} tuning: the prediction overlaps the truth with a DSC of {score(side.dsc)}"
-        parts = base + _outline(side.prediction, crop, "prediction") + _box(side.box)
+        parts = base + _outline(side.prediction, crop, "prediction") + _prompt(side, crop)
         view = f"{crop.x} {crop.y} {crop.side} {crop.side}"
         tiles.append(
             f'<div class="tile"><svg viewBox="{view}" role="img" aria-label="{escape(label)}">{parts}</svg>'
@@ -168,30 +175,40 @@ def _image(panel: Panel, crop: Crop) -> str:
 def _outline(mask: np.ndarray, crop: Crop, kind: str) -> str:
     """A mask's outline within the crop, as a path; coarser for a large crop or a mask of very many pieces."""
     coarse = -(-crop.side // (2 * SIDE))  # every n-th pixel
-    x0, y0 = max(crop.x, 0), max(crop.y, 0)
-    part = mask[y0 : crop.y + crop.side, x0 : crop.x + crop.side] != 0
-    drawn = _trace(part[::coarse, ::coarse])
-    while len(drawn) > MOST_TEXT:
+    lines = outlines(mask, crop, coarse)
+    while len(drawn := "".join(_path(line) for line in lines)) > MOST_TEXT:
         coarse *= 2
-        drawn = _trace(part[::coarse, ::coarse])
+        lines = outlines(mask, crop, coarse)
     if not drawn:
         return ""
-    half = coarse / 2
-    return f'<path class="{kind}" transform="translate({x0 - half:g} {y0 - half:g}) scale({half:g})" d="{drawn}"/>'
+    half, x0, y0 = coarse / 2, max(crop.x, 0), max(crop.y, 0)
+    return f'<path class="{kind}" transform="translate({x0:g} {y0:g}) scale({half:g})" d="{drawn}"/>'
 
 
-def _trace(mask: np.ndarray) -> str:
-    """Outlines of a mask (H, W) with a margin of one pixel, in half pixels: these are whole numbers, short to write."""
-    if not mask.any():
-        return ""
+def outlines(mask: np.ndarray, crop: Crop, coarse: int) -> list[np.ndarray]:
+    """Closed lines around the pieces of a mask within a crop.
+
+    Args:
+        mask: (H, W), nonzero inside.
+        crop: The part that is looked at.
+        coarse: Every so many pixels are looked at.
+
+    Returns:
+        Lines (N, 2) as (x, y) in steps of `coarse` pixels, from the crop's part of the image's upper left corner;
+        multiples of one half.
+    """
+    x0, y0 = max(crop.x, 0), max(crop.y, 0)
+    part = mask[y0 : crop.y + crop.side : coarse, x0 : crop.x + crop.side : coarse] != 0
+    if not part.any():
+        return []
     # the margin of background closes outlines at the border
-    lines = contour_generator(z=np.pad(mask, 1).astype(np.float32)).lines(0.5)
-    return "".join(_path(np.asarray(line)) for line in lines)
+    lines = contour_generator(z=np.pad(part, 1).astype(np.float32)).lines(0.5)
+    return [np.asarray(line) - 0.5 for line in lines]
 
 
 def _path(points: np.ndarray) -> str:
     """A closed line (N, 2) as relative moves in half pixels; moves on in the same direction are joined."""
-    doubled = np.rint(points * 2).astype(int)
+    doubled = np.rint(points * 2).astype(int)  # whole numbers, short to write
     moves = [[int(x), int(y)] for x, y in np.diff(doubled, axis=0)]
     joined: list[list[int]] = []
     for x, y in moves:
@@ -203,7 +220,20 @@ def _path(points: np.ndarray) -> str:
     return start + "l" + " ".join(f"{x} {y}" for x, y in joined).replace(" -", "-") + "z"
 
 
-def _box(box: np.ndarray) -> str:
-    x0, y0, x1, y1 = (float(edge) for edge in box)
-    size = f'width="{x1 - x0 + 1:.1f}" height="{y1 - y0 + 1:.1f}"'
-    return f'<rect class="prompt" x="{x0:.1f}" y="{y0:.1f}" {size}/>'
+def _prompt(panel: Panel, crop: Crop) -> str:
+    """The prompt: its box, a circle on every point of the target and a cross on every point beside it."""
+    parts = []
+    if has_box(panel):
+        x0, y0, x1, y1 = (float(edge) for edge in panel.box)
+        size = f'width="{x1 - x0 + 1:.1f}" height="{y1 - y0 + 1:.1f}"'
+        parts.append(f'<rect class="prompt" x="{x0:.1f}" y="{y0:.1f}" {size}/>')
+    reach = crop.side / 60
+    for x, y, label in panel.points.tolist():
+        x, y = x + 0.5, y + 0.5  # a pixel's middle
+        if label:
+            parts.append(f'<circle class="prompt point" cx="{x:.1f}" cy="{y:.1f}" r="{reach:.2f}"/>')
+        else:
+            arms = f"m{-reach:.2f} {-reach:.2f}l{2 * reach:.2f} {2 * reach:.2f}m0 {-2 * reach:.2f}"
+            cross = f"M{x:.1f} {y:.1f}{arms}l{-2 * reach:.2f} {2 * reach:.2f}"
+            parts.append(f'<path class="prompt point" d="{cross}"/>')
+    return "".join(parts)

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_shards.errors import UserError
 from trainer.run import read_json
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Scores of the same targets with boxes that are off.
+
+    Attributes:
+        side: Side of the input that the shifts are pixels of.
+        targets: Number of targets.
+        shifts: Pixels by which every side of the box is pushed outwards, in rising order; inwards below 0.
+        dsc: Mean DSC at each shift.
+    """
+
+    side: int
+    targets: int
+    shifts: tuple[float, ...]
+    dsc: tuple[float, ...]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -54,6 +72,32 @@ def read_stages(path: Path) -> dict[str, float]:
         if not _is_number(seconds) or not math.isfinite(seconds):
             raise UserError(f"{path}: {name} should be a number of seconds, not {seconds!r}")
     return {name: float(seconds) for name, seconds in stages.items()}
+
+
+def read_jitter(path: Path) -> Jitter | None:
+    """Read ``jitter.json``; None if there is none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    if not path.is_file():
+        return None
+    content = _object(path)
+    _objects(path, content, ("dsc",))
+    _numbers(path, content, ("side", "targets"))
+    shifts, means = (
+        _row(path, "shifts", content.get("shifts")),
+        _row(path, "dsc.mean", (content.get("dsc") or {}).get("mean")),
+    )
+    if len(shifts) != len(means) or None in (content.get("side"), content.get("targets")):
+        raise UserError(f"{path}: side, targets, shifts and dsc.mean do not fit together; run the evaluation again")
+    return Jitter(int(content["side"]), int(content["targets"]), shifts, means)
+
+
+def _row(path: Path, name: str, values: Any) -> tuple[float, ...]:
+    if not (isinstance(values, list) and values and all(_is_number(v) and math.isfinite(v) for v in values)):
+        raise UserError(f"{path}: {name} should be a list of numbers; run the evaluation again")
+    return tuple(map(float, values))
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -50,6 +50,7 @@ summary { cursor: pointer; }
 .figures { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1px;
   margin: 0; background: var(--line); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
 .figures > div { background: var(--paper); padding: 1rem 1.1rem; }
+.figures > div:last-child:nth-child(3n + 1) { grid-column: 1 / -1; }
 .figures dt { font-size: .85rem; color: var(--muted); }
 .figures dd { margin: 0; }
 .figures .big { font-size: 1.45rem; font-weight: 600; letter-spacing: -.01em; white-space: nowrap; }
@@ -77,6 +78,7 @@ figcaption small { overflow-wrap: anywhere; }
 .prediction { stroke: #ffb000; stroke-width: 1.5; stroke-dasharray: 4 3; fill: #ffb000; fill-opacity: .2;
   fill-rule: evenodd; }
 .prompt { stroke: #fff; stroke-opacity: .85; stroke-width: 1; stroke-dasharray: 1 3; }
+.prompt.point { stroke-width: 2; stroke-dasharray: none; }
 
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 2rem; }
 .charts .words { align-self: center; }
@@ -93,6 +95,10 @@ figcaption small { overflow-wrap: anywhere; }
 .pair.fell path { stroke: var(--bad); stroke-opacity: .8; stroke-dasharray: 5 3; }
 .pair.fell circle { fill: var(--bad); }
 .pair:hover path { stroke-opacity: 1; stroke-width: 3; }
+.jitter path { stroke: var(--before); stroke-width: 2; stroke-dasharray: 6 4; stroke-linejoin: round; }
+.jitter circle { fill: var(--before); }
+.jitter.after path { stroke: var(--accent); stroke-width: 2.25; stroke-dasharray: none; }
+.jitter.after circle { fill: var(--accent); }
 .box path, .box rect { stroke: var(--before); stroke-width: 1.5; fill: none; }
 .box.after path, .box.after rect { stroke: var(--accent); }
 .box rect { fill: var(--soft); } .box.after rect { fill: var(--accent-soft); }
@@ -121,7 +127,11 @@ td code, td small, td b { white-space: nowrap; }
 .whole { white-space: nowrap; }
 .below { margin-top: 1.6rem; }
 
-@media (max-width: 760px) { .figures { grid-template-columns: 1fr 1fr; } }
+@media (max-width: 760px) {
+  .figures { grid-template-columns: 1fr 1fr; }
+  .figures > div:last-child:nth-child(even) { grid-column: auto; }
+  .figures > div:last-child:nth-child(odd) { grid-column: 1 / -1; }
+}
 @media (max-width: 520px) {
   .figures > div { padding: .8rem; } .figures .big { font-size: 1.15rem; white-space: normal; }
   .chart text { font-size: 15px; } .chart .turned { display: none; }

@@ -48,9 +48,10 @@ def detach(module: nn.Module, name: str) -> nn.Module:
     return part
 
 
-def attached(model: nn.Module, name: str) -> list[nn.Module]:
-    """Every module of a model that has a part of a name."""
-    return [module for module in model.modules() if name in vars(module).get("_attached", {})]
+def attached(model: nn.Module, name: str | None = None) -> list[nn.Module]:
+    """Every module of a model that has a part of a name, or any part."""
+    parts = ((module, vars(module).get("_attached", {})) for module in model.modules())
+    return [module for module, names in parts if (names if name is None else name in names)]
 
 
 def _handles(module: nn.Module) -> dict[str, int]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from data_shards.errors import UserError
 from trainer.models.base import SegmentationModel
+from trainer.tuning.attach import attached
 
 Decay = Literal["matrices", "all"]
 
@@ -41,13 +42,29 @@ class Tuning(ABC):
             UserError: The method's parts are no linear maps, so there is nothing to fold them into.
         """
 
+    def check_learns(self, model: SegmentationModel) -> None:
+        """Refuse a tuning that trains nothing, or sets the rate of what does not learn; call it after `apply`.
+
+        Raises:
+            UserError: It does.
+        """
+        if not self.learning_rate_scales(model):
+            raise UserError(
+                f"{type(self).__name__} leaves nothing to learn: check its patterns against the model's names"
+            )
+
     def learning_rate_scales(self, model: SegmentationModel) -> dict[str, float]:
-        """Factor on the learning rate for every parameter that learns, by name."""
+        """Factor on the learning rate for every parameter that learns, by name.
+
+        Raises:
+            UserError: A pattern of `rates` matches nothing, or nothing that learns.
+        """
         scales = {name: 1.0 for name, parameter in model.named_parameters() if parameter.requires_grad}
         for pattern, rate in self.rates.items():
-            for name in matching(model, pattern):
-                if name in scales:
-                    scales[name] = rate
+            found = [name for name in matching(model, pattern) if name in scales]
+            if not found and scales:
+                raise UserError(f"rates: {pattern}: {type(self).__name__} lets nothing of it learn: leave it out")
+            scales.update(dict.fromkeys(found, rate))
         return scales
 
     def parameter_groups(
@@ -65,20 +82,39 @@ class Tuning(ABC):
         Raises:
             UserError: Nothing learns.
         """
+        self.check_learns(model)
         scales = self.learning_rate_scales(model)
         groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in model.named_parameters():
             if name in scales:
                 decayed = decay == "all" or (parameter.ndim > 1 and "bias" not in name.rpartition(".")[2])
                 groups[scales[name], weight_decay if decayed else 0.0].append(parameter)
-        if not groups:
-            raise UserError(
-                f"{type(self).__name__} leaves nothing to learn: check its patterns against the model's names"
-            )
         return [
             {"params": parameters, "lr": lr * scale, "weight_decay": amount}
             for (scale, amount), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
+
+
+def check_fresh(model: nn.Module) -> None:
+    """Refuse a model that carries the parts of a tuning method already.
+
+    Raises:
+        UserError: It does; a second method's parts would be frozen, trained or merged with the first one's.
+    """
+    if attached(model) or any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise UserError(
+            f"{type(model).__name__} carries the parts of a tuning method already: merge them, or take a fresh model"
+        )
+
+
+def freeze_all(model: nn.Module) -> None:
+    """Freeze all of a fresh model; what learns is let loose after that.
+
+    Raises:
+        UserError: The model carries the parts of a tuning method already.
+    """
+    check_fresh(model)
+    model.requires_grad_(False)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:

@@ -1,0 +1,209 @@
+"""`trainer plan`: what a recipe trains, how fast and in what memory, without its weights, its data or a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule
+from rich.console import Console
+
+from data_shards.display import check_place
+from data_shards.errors import UserError
+from data_shards.sampler import GlobalOrderSampler
+from trainer.lightning_cli import RecipeCLI, RecipeParser, explain
+from trainer.models import SegmentationModel
+from trainer.modules import MedSAMModule
+from trainer.modules.optimization import RateSchedule
+from trainer.plan.groups import memory, parameter_groups
+from trainer.plan.text import show
+from trainer.restore import build, instantiate, without_weights
+from trainer.run import opening, write_json
+
+HELP = """\
+usage: trainer plan RECIPE [-c OVERLAY ...] [--KEY VALUE ...] [--json FILE]
+
+Print what a recipe would train: parameters by part of the model (all, and those that learn), the learning rate and
+weight decay of each, the memory of weights, gradients and AdamW, and what a step and the run are made of.
+Nothing is read but the recipe: no weights, no data, and no GPU is needed. A model of any size takes seconds.
+
+  trainer plan recipes/medsam/full.yaml
+  trainer plan recipes/medsam/full.yaml -c recipes/clusters/a100x20.yaml
+  trainer plan recipes/medsam/lora.yaml --model.init_args.tuning.init_args.rank 16 --json plan.json
+
+  RECIPE, -c, --config   recipes: later ones overlay earlier ones
+  --KEY VALUE            any key of the recipe, as `trainer fit` takes it
+  --json FILE            write the plan into FILE as JSON as well; - prints that alone
+  -h, --help             print this
+
+What grows with the batch (activations) is not in it. Mistakes in the recipe end with one line and exit code 2.
+"""
+
+
+def plan_command(arguments: list[str]) -> int:
+    """Run ``trainer plan`` and return its exit code.
+
+    Raises:
+        UserError: A mistake in the arguments or in the recipe.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(HELP, end="")
+        return 0
+    words, out = _take_json(arguments)
+    if words and not words[0].startswith("-"):
+        words = ["-c", *words]
+    if not {"-c", "--config"} & {word.partition("=")[0] for word in words}:
+        raise UserError("plan needs a recipe: trainer plan RECIPE; see trainer plan --help")
+    plan = PlanCLI(["fit", *words]).plan()
+    if out == "-":
+        print(json.dumps(plan, indent=2))
+        return 0
+    # where nobody looks on, lines are as long as they need to be
+    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 140)
+    show(plan, console)
+    if out is not None:
+        write_json(Path(out), plan)
+        print(f"written {out}")
+    return 0
+
+
+class PlanCLI(RecipeCLI):
+    """The command line of ``trainer fit`` up to the point where it would read weights and look for a GPU."""
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+    def instantiate_classes(self) -> None:
+        """Make the module without weights, and the data module, which checks its arguments.
+
+        Raises:
+            UserError: An argument is refused.
+        """
+        text = self._parser("fit").dump(self.config["fit"], skip_none=False, skip_link_targets=False, format="yaml")
+        self.resolved: dict[str, Any] = yaml.safe_load(text)
+        node = self.resolved["model"]
+        where = "recipe " + " + ".join(RecipeParser.recipes)
+        self.notes = _leave_unquantised(node)
+        try:
+            with torch.device("meta"):
+                self.module: MedSAMModule = build(node, where)
+                model = without_weights(node["init_args"]["model"])
+                untouched: SegmentationModel = instantiate(model, SegmentationModel, where)
+            instantiate(self.resolved["data"], LightningDataModule, where)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{where}: {explain(str(error), set(), [])}") from error
+        self.own_names = {name for name, _ in untouched.named_parameters()}
+
+    def plan(self) -> dict[str, Any]:
+        """The plan, as JSON."""
+        module, resolved = self.module, self.resolved
+        groups = parameter_groups(module, self.own_names)
+        nodes = resolved["model"]["init_args"]
+        callbacks = resolved["trainer"].get("callbacks") or []
+        averaged = any(str(node.get("class_path", "")).endswith(".EMA") for node in callbacks)
+        return {
+            "recipes": RecipeParser.recipes,
+            "question": opening(self.opening)[0],
+            "model": {name: nodes["model"].get(name) for name in ("class_path", "init_args")},
+            "tuning": nodes.get("tuning") or {"class_path": f"trainer.tuning.{type(module.tuning).__name__}"},
+            "parameters": sum(group.parameters for group in groups),
+            "learning": sum(group.learning for group in groups),
+            "groups": [asdict(group) for group in groups],
+            "memory_bytes": memory(module, averaged),
+            "optimizer": optimizer(module, resolved["trainer"]),
+            "step": step(resolved["data"]["init_args"], resolved["trainer"]),
+            "length": {name: resolved["trainer"].get(name) for name in ("max_steps", "max_epochs", "max_time")},
+            "precision": str(resolved["trainer"].get("precision") or "32-true"),
+            "notes": self.notes,
+        }
+
+
+def optimizer(module: MedSAMModule, trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Optimiser, schedule and clipping."""
+    schedule: Any = module.schedule
+    if not isinstance(schedule, RateSchedule):
+        schedule = RateSchedule(schedule, module.warmup_steps)
+    limit = trainer.get("gradient_clip_val")
+    clipping = f"{trainer.get('gradient_clip_algorithm') or 'norm'} {limit:g}" if limit else None
+    return {
+        "name": "AdamW",
+        "learning_rate": module.lr,
+        "weight_decay": module.weight_decay,
+        "betas": list(module.betas),
+        "schedule": schedule.describe(),
+        "gradient_clipping": clipping,
+    }
+
+
+def step(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """What one optimiser step is made of.
+
+    Args:
+        data: Arguments of the data module.
+        trainer: Arguments of the trainer.
+
+    Returns:
+        Images a step and a pass, the devices (None if the recipe takes as many as there are) and the passes of each in
+        a step, on one device where their number is not known.
+
+    Raises:
+        UserError: The batches do not divide.
+    """
+    images, micro, devices = data["batch_size"], data["micro_batch_size"], _devices(trainer)
+    GlobalOrderSampler(images, images, micro, 0, devices or 1, 0)  # as it refuses them in a training
+    return {
+        "images": images,
+        "micro_batch": micro,
+        "devices": devices,
+        "passes": images // (micro * (devices or 1)),
+        "targets_per_image": data.get("targets_per_image"),
+    }
+
+
+def _devices(trainer: Mapping[str, Any]) -> int | None:
+    """Devices over all nodes; None where the recipe takes as many as there are."""
+    devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes") or 1
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if isinstance(devices, list):
+        return len(devices) * nodes
+    text = str(devices)
+    return int(text) * nodes if text.isdigit() and int(text) else None
+
+
+def _leave_unquantised(node: dict[str, Any]) -> list[str]:
+    """Take `quantize` out of a module's tuning, since there are no weights to quantise, and say so."""
+    arguments = (node["init_args"].get("tuning") or {}).get("init_args") or {}
+    bits = arguments.get("quantize")
+    if bits is None:
+        return []
+    arguments["quantize"] = None
+    return [f"quantize {bits}: planned as if not; as much learns, and the frozen linear layers take less than shown"]
+
+
+def _take_json(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Split off ``--json FILE``.
+
+    Raises:
+        UserError: The file is missing, or cannot be where it is said to be.
+    """
+    words, out, rest = [], None, iter(arguments)
+    for word in rest:
+        if word.partition("=")[0] != "--json":
+            words.append(word)
+            continue
+        out = word.partition("=")[2] or next(rest, "")
+        if not out:
+            raise UserError("--json needs a file, or - to print: see trainer plan --help")
+        if out != "-":
+            check_place("--json", out)
+    return words, out
