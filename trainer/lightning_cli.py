@@ -308,6 +308,7 @@ def check_arguments(arguments: list[str]) -> tuple[list[str], str]:
         The recipes, and the first one's opening comment.
     """
     openings: dict[str, str] = {}
+    classes: dict[str, str] = {}
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if not equals and position + 1 < len(arguments):
@@ -316,14 +317,18 @@ def check_arguments(arguments: list[str]) -> tuple[list[str], str]:
             openings[value] = check_recipe(value)
         elif name.startswith("--") and names_something_in(value) and value.rpartition(".")[2][0].isupper():
             check_class(value, {}, name)
+            classes[name.removeprefix("--").removesuffix(".class_path")] = value
         elif name.startswith("--"):
-            _check_override(name, list(openings))
+            _check_override(name, list(openings), classes)
     return list(openings), next(iter(openings.values()), "")
 
 
-def _check_override(name: str, recipes: list[str]) -> None:
-    """Check that the class which the recipes name at ``--KEY.init_args.ARGUMENT`` has that argument."""
+def _check_override(name: str, recipes: list[str], classes: dict[str, str]) -> None:
+    """Check that the class at ``--KEY.init_args.ARGUMENT`` has that argument; the command line's go before recipes'."""
     key, found, argument = name.removeprefix("--").rpartition(".init_args.")
+    if key in classes:
+        check_class(classes[key], {argument.split(".")[0]: None}, name)
+        return
     for recipe in reversed(recipes if found else []):
         node = yaml.safe_load(Path(recipe).read_text())
         for part in key.split("."):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +201,21 @@ def test_in_bf16_and_accumulated_the_norm_is_that_of_the_step(tmp_path: Path) ->
 def test_a_negative_limit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"trainer.gradient_clip_val -1.0: above 0, or null"):
         fit(tmp_path, gradient_clip_val=-1.0)
+
+
+def test_a_recipes_limit_and_schedule_reach_the_optimiser(
+    tiny_recipe: Path, trainer_command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """Each step's norm is logged, and the last step learns at the cooled-down rate."""
+    module = ("--model.init_args.schedule", "inverse_sqrt", "--model.init_args.timescale", 2)
+    module += ("--model.init_args.cooldown_steps", 2, "--model.init_args.model.init_args.image_size", 32)
+    code, _, err = trainer_command("fit", "-c", tiny_recipe, *module, "--trainer.gradient_clip_val", 0.001)
+    assert code == 0, err
+    rows = [row for file in (tmp_path / "run/logs").glob("*/metrics.csv") for row in csv.DictReader(file.open())]
+    norms = [float(row["train/grad_norm"]) for row in rows if row.get("train/grad_norm")]
+    assert len(norms) == 4 and min(norms) > 0.001
+    content = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    (optimizer,), (scheduler,) = content["optimizer_states"], content["lr_schedulers"]
+    assert scheduler["_last_lr"] == [0.0] * len(scheduler["_last_lr"]), "after the last of four steps"
+    moments = [state["exp_avg"] for state in optimizer["state"].values()]
+    assert float(gradient_norm(moments)) < 0.001, "averages of clipped gradients"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradient_ranks
@@ -214,7 +214,7 @@ def average_on_a_rank(rank: int, port: int, out: str) -> None:
     torch.manual_seed(0)
     module: Any = Line()
     fully_shard(module.layer)
-    trainer: Any = copy.copy(Trainer(logger=False, enable_progress_bar=False, accelerator="cpu"))
+    trainer: Any = SimpleNamespace(global_step=0)
     ema = EMA(0.5, warmup=False)
     ema.on_train_start(trainer, module)
     optimizer = torch.optim.SGD(module.layer.parameters(), lr=1.0)
@@ -222,7 +222,7 @@ def average_on_a_rank(rank: int, port: int, out: str) -> None:
         module.layer(BATCHES[step]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        ema._last_step = -1  # as if the trainer had counted a step
+        trainer.global_step += 1
         ema.on_train_batch_end(trainer, module)
     checkpoint: dict[str, Any] = {}
     ema.on_save_checkpoint(trainer, module, checkpoint)
@@ -283,6 +283,11 @@ def test_evaluations_and_exports_take_the_average_unless_the_raw_weights_are_ask
     scored = [sum(score.dsc for score in rows[weights]) / len(rows[weights]) for weights in (None, "average", "raw")]
     assert rows[None] == rows["average"] != rows["raw"]
     assert scored[0] == pytest.approx(validated, abs=1e-6), "what the validation in the fit scored"
+    shown = [
+        trainer_command("validate", "-c", averaged, "--ckpt_path", "last", "--weights", weights)[1]
+        for weights in ("average", "raw")
+    ]
+    assert "val/dsc" in shown[0] and shown[0] != shown[1]
     predicted = {}
     for weights in ("average", "raw"):
         assert trainer_command("predict", "-c", averaged, "--ckpt_path", "last", "--weights", weights)[0] == 0
@@ -295,6 +300,21 @@ def test_evaluations_and_exports_take_the_average_unless_the_raw_weights_are_ask
     names = content["average"]["weights"].keys()
     assert sum(not torch.equal(average[name], raw[name]) for name in names) > len(names) / 2
     assert all(torch.equal(average[name], raw[name]) for name in raw.keys() - names)
+
+
+def test_a_run_that_goes_on_is_undisturbed_to_the_last_bit(
+    averaged: Path, trainer_command: Command, tmp_path: Path
+) -> None:
+    parts = ("fit", "-c", averaged, "--trainer.default_root_dir", tmp_path)
+    assert trainer_command(*parts, "--trainer.max_steps", 1)[0] == 0
+    assert trainer_command(*parts, "--ckpt_path", "last", "--data.init_args.micro_batch_size", 2)[0] == 0
+    ours, theirs = saved(Run(tmp_path).checkpoints), saved(averaged.parent / "run/checkpoints")
+    for found, expected in (
+        (ours["state_dict"], theirs["state_dict"]),
+        (ours["average"]["weights"], theirs["average"]["weights"]),
+    ):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_what_was_scored_is_recorded(averaged: Path, trainer_command: Command) -> None:

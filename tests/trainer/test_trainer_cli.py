@@ -281,11 +281,11 @@ def test_help_answers_at_once_and_teaches():
     code = "import sys; from trainer.cli import main; main(['--help']); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert result.stdout.endswith("False\n"), "help does not wait for torch"
-    for word in ("fit", "validate", "test", "predict", "export", "report", "--ckpt_path last"):
+    for word in ("plan", "fit", "validate", "test", "predict", "export", "report", "--ckpt_path last"):
         assert word in result.stdout
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "export", "report"])
+@pytest.mark.parametrize("command", ["plan", "fit", "validate", "test", "predict", "export", "report"])
 def test_every_command_has_help(command, trainer_command):
     code, out, err = trainer_command(command, "--help")
     assert (code, err) == (0, "")

@@ -13,7 +13,6 @@ from data_shards.errors import CommandParser, UserError, nearest
 from trainer.export import EXPORTERS, Exporter
 from trainer.export.gate import TOLERANCE, Verdict, compare, real_samples, require_consumer
 from trainer.models.weights import sha256_of
-from trainer.quiet import quieten
 from trainer.restore import Weights, find_checkpoint, recipe_of, restore
 from trainer.run import Run, write_json
 
@@ -36,7 +35,6 @@ def export_command(arguments: list[str]) -> int:
     Raises:
         UserError: A mistake in the arguments, a run that cannot be exported, or a gate that did not pass.
     """
-    quieten()
     values = _parser().parse_args(arguments)
     if values.to not in EXPORTERS:
         raise UserError(f"there is no export '{values.to}'{nearest(values.to, EXPORTERS)}")

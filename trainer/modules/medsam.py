@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
 from trainer.losses import DiceCrossEntropy, resize_logits
 from trainer.metrics import overlap
 from trainer.models import SegmentationModel
-from trainer.modules.optimization import Schedule, adamw
+from trainer.modules.optimization import RateSchedule, Schedule, adamw, guard_gradients
 from trainer.modules.scoring import Prediction, ScoredModule
 from trainer.prompts import BoxPrompts, Prompter, Prompts, Truth, prompts_of_targets
 from trainer.tuning import FullTuning, Tuning
@@ -59,8 +60,12 @@ class MedSAMModule(ScoredModule):
         weight_decay: AdamW's decay.
         decay: What decays: ``matrices`` and kernels, or ``all``, norms and biases too, as in MedSAM's code.
         betas: AdamW's averaging factors.
-        schedule: ``constant`` or ``cosine``, after the warm-up.
+        schedule: What follows the warm-up: ``constant``, ``cosine``, ``linear``, ``polynomial`` or ``inverse_sqrt``.
         warmup_steps: Optimiser steps of linear warm-up.
+        cooldown_steps: The last optimiser steps, in which the rate falls linearly to `final_factor`.
+        power: Exponent of ``polynomial``.
+        timescale: Steps after the warm-up in which ``inverse_sqrt`` falls to 1/√2; null takes `warmup_steps`.
+        final_factor: Share of the rate that a falling schedule leaves at the end, in [0, 1].
     """
 
     def __init__(
@@ -76,12 +81,16 @@ class MedSAMModule(ScoredModule):
         betas: tuple[float, float] = (0.9, 0.999),
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
+        cooldown_steps: int = 0,
+        power: float = 0.9,
+        timescale: int | None = None,
+        final_factor: float = 0.0,
     ) -> None:
         super().__init__()
-        if lr <= 0 or min(weight_decay, warmup_steps, score_weight) < 0 or not all(0 <= beta < 1 for beta in betas):
+        if lr <= 0 or min(weight_decay, score_weight) < 0 or not all(0 <= beta < 1 for beta in betas):
             raise UserError(
-                f"lr {lr} is above 0, weight_decay {weight_decay}, warmup_steps {warmup_steps} and score_weight "
-                f"{score_weight} are 0 or more, betas {betas} in [0, 1)"
+                f"lr {lr} is above 0, weight_decay {weight_decay} and score_weight {score_weight} are 0 or more, betas "
+                f"{betas} in [0, 1)"
             )
         self.model = model
         self.tuning = tuning or FullTuning()
@@ -89,7 +98,7 @@ class MedSAMModule(ScoredModule):
         self.loss = loss or DiceCrossEntropy()
         self.score_weight = score_weight
         self.lr, self.weight_decay, self.decay, self.betas = lr, weight_decay, decay, betas
-        self.schedule, self.warmup_steps = schedule, warmup_steps
+        self.schedule = RateSchedule(schedule, warmup_steps, cooldown_steps, power, timescale, final_factor)
         self.tuning.apply(self.model)
         if not score_weight:  # a loss on masks alone does not reach it, and DDP would wait for its gradient
             freeze(self.model, [self.model.score_head])
@@ -104,13 +113,10 @@ class MedSAMModule(ScoredModule):
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
             raise UserError(f"trainer.precision {precision} is not supported: take bf16-mixed or 32-true")
-        if (
-            stage == "fit"
-            and self.schedule == "cosine"
-            and self.trainer.max_steps < 0
-            and self.trainer.max_epochs == -1
-        ):
-            raise UserError("schedule cosine needs to know the end: set trainer.max_steps or trainer.max_epochs")
+        if stage == "fit" and self.schedule.needs_end and self.trainer.max_steps < 0 and self.trainer.max_epochs == -1:
+            raise UserError(
+                f"schedule {self.schedule.shape} needs to know the end: set trainer.max_steps or trainer.max_epochs"
+            )
         datamodule = self.trainer.datamodule
         for name, alone in (("clip_length", 1), ("negatives_per_image", 0)):
             if stage == "fit" and getattr(datamodule, name, alone) != alone:
@@ -212,7 +218,16 @@ class MedSAMModule(ScoredModule):
     def configure_optimizers(self) -> Any:
         """AdamW over the tuning method's groups."""
         groups = self.tuning.parameter_groups(self.model, self.lr, self.weight_decay, self.decay)
-        return adamw(groups, self.betas, self.schedule, self.warmup_steps, self._total_steps())
+        return adamw(groups, self.betas, self.schedule, self._total_steps())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm over all ranks' shards, and log it."""
+        guard_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _total_steps(self) -> int:
         """Optimiser steps of the whole run.
@@ -221,7 +236,7 @@ class MedSAMModule(ScoredModule):
         loader's state would then be dropped without a word.
         """
         trainer = self.trainer
-        if trainer.max_steps > 0:
-            return trainer.max_steps
-        steps = trainer.datamodule.steps_per_epoch
-        return (trainer.max_epochs or 1) * steps
+        ends = [trainer.max_steps] if trainer.max_steps > 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            ends.append(trainer.max_epochs * trainer.datamodule.steps_per_epoch)
+        return min(ends, default=1)

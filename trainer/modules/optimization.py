@@ -120,8 +120,8 @@ class RateSchedule:
 def adamw(
     groups: list[dict[str, Any]],
     betas: tuple[float, float],
-    schedule: RateSchedule | Schedule,
-    *steps: int,
+    schedule: RateSchedule,
+    total_steps: int,
 ) -> dict[str, Any]:
     """AdamW with a schedule by step, as Lightning takes it.
 
@@ -129,13 +129,11 @@ def adamw(
         groups: Parameter groups, each with its learning rate and weight decay.
         betas: Averaging factors of the gradient and its square.
         schedule: Factor on every group's rate by step.
-        steps: Optimiser steps of the whole run.
+        total_steps: Optimiser steps of the whole run.
     """
-    if not isinstance(schedule, RateSchedule):  # until every module passes one: its name, and the warm-up's steps
-        schedule, steps = RateSchedule(schedule, steps[0]), steps[1:]
     fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
     optimizer = torch.optim.AdamW(groups, betas=betas, fused=fused)
-    scheduler = LambdaLR(optimizer, rate_factor(schedule, *steps))
+    scheduler = LambdaLR(optimizer, rate_factor(schedule, total_steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

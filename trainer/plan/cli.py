@@ -20,7 +20,6 @@ from data_shards.sampler import GlobalOrderSampler
 from trainer.lightning_cli import RecipeCLI, RecipeParser, explain
 from trainer.models import SegmentationModel
 from trainer.modules import MedSAMModule
-from trainer.modules.optimization import RateSchedule
 from trainer.plan.groups import memory, parameter_groups
 from trainer.plan.text import show
 from trainer.restore import build, instantiate, without_weights
@@ -129,9 +128,6 @@ class PlanCLI(RecipeCLI):
 
 def optimizer(module: MedSAMModule, trainer: Mapping[str, Any]) -> dict[str, Any]:
     """Optimiser, schedule and clipping."""
-    schedule: Any = module.schedule
-    if not isinstance(schedule, RateSchedule):
-        schedule = RateSchedule(schedule, module.warmup_steps)
     limit = trainer.get("gradient_clip_val")
     clipping = f"{trainer.get('gradient_clip_algorithm') or 'norm'} {limit:g}" if limit else None
     return {
@@ -139,7 +135,7 @@ def optimizer(module: MedSAMModule, trainer: Mapping[str, Any]) -> dict[str, Any
         "learning_rate": module.lr,
         "weight_decay": module.weight_decay,
         "betas": list(module.betas),
-        "schedule": schedule.describe(),
+        "schedule": module.schedule.describe(),
         "gradient_clipping": clipping,
     }
 

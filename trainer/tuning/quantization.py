@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from data_shards.errors import UserError
 
 Bits = Literal["4bit", "8bit"]
+_TEXT = 512
+"""Bytes of a description of constants; some 140 are needed."""
 
 
 class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc, unused-ignore]
@@ -28,6 +30,13 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc, unused-ignore]
     def weights(self) -> Tensor:
         """The weight as numbers (outputs, inputs)."""
         return dequantize_4bit(self.weight.data, self.weight.quant_state)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """Save the description of the constants, a text, at one length: checkpoints are compared by shape."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in [name for name in destination if name.startswith(prefix) and name.endswith("bitsandbytes__nf4")]:
+            text = destination[name]
+            destination[name] = torch.cat([text, text.new_full((max(0, _TEXT - len(text)),), ord(" "))])
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         """Take the constants too: bitsandbytes saves them, but would not load them."""
