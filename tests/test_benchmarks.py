@@ -130,6 +130,18 @@ def shards_are_sane(found: dict[str, Any]) -> bool:
     )
 
 
+def packed_is_sane(found: dict[str, Any]) -> bool:
+    rates = found["pairs_per_second"]
+    return (
+        rates.keys() == found["ratio"].keys() == {"litemedsam_128", "litemedsam_256"}
+        and positive(rates)
+        and (found["pairs"], found["targets"]) == (3, 3)
+        and all(1.3 < found["ratio"][name] < 3.5 for name in rates)
+        and found["ratio"]["litemedsam_128"]
+        == pytest.approx(rates["litemedsam_128"]["packed"] / rates["litemedsam_128"]["single"], rel=0.01)
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "size", "is_sane"),
     [
@@ -137,6 +149,7 @@ def shards_are_sane(found: dict[str, Any]) -> bool:
         ("shards.py", ("--volumes", "10", "--slices", "6"), shards_are_sane),
         ("index.py", ("--samples", "3000", "--repeats", "1"), index_is_sane),
         ("readers.py", ("--samples", "48"), alone_is_sane),
+        ("packed.py", ("--pairs", "3", "--rounds", "1"), packed_is_sane),
         pytest.param("loader.py", ("--samples", "48"), loader_is_sane, marks=pytest.mark.slow),
     ],
 )
@@ -152,7 +165,7 @@ def test_the_last_line_is_what_the_docstring_says(name: str, size: tuple[str, ..
 
 
 def test_every_benchmark_is_run_above() -> None:
-    assert NAMES == ["index.py", "loader.py", "readers.py", "samples.py", "shards.py"]
+    assert NAMES == ["index.py", "loader.py", "packed.py", "readers.py", "samples.py", "shards.py"]
 
 
 @pytest.fixture
