@@ -79,10 +79,10 @@ def prepared(name: str) -> tuple[MedSAMModule, torch.optim.Optimizer]:
 
 
 def main() -> None:
-    values = arguments(__doc__, pairs=4, rounds=0)
+    values = arguments(__doc__, pairs=4, rounds=0, models=len(MODELS))
     single = [image_of(1, seed) for seed in range(values.pairs)]
     packed = [image_of(values.pairs, 0)]
-    names = [name for name in MODELS if name != "medsam_1024" or not values.quick]
+    names = [name for name in MODELS if name != "medsam_1024" or not values.quick][: values.models]
     rates: dict[str, dict[str, float]] = {}
     for name in names:
         module, optimizer = prepared(name)

@@ -108,7 +108,8 @@ class TripletDataModule(LightningDataModule):
                     raise UserError(f"data.init_args.{split}: {folder} is an external set: it is for `test` only")
                 self.shards[split] = self._open(split, folder)
         if needed[0] not in self.shards:
-            raise UserError(f"`{stage}` needs data.init_args.{needed[0]}: the folder of that split's shards")
+            command = getattr(stage, "value", stage)  # Lightning's names are no plain text
+            raise UserError(f"`{command}` needs data.init_args.{needed[0]}: the folder of that split's shards")
         if stage == "fit" and self.trainer is not None:
             if self.trainer.accumulate_grad_batches != 1:
                 raise UserError("trainer.accumulate_grad_batches follows from data.init_args.batch_size: set that")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from data_shards.errors import UserError, nearest
+from data_shards.errors import UserError
 from trainer.callbacks import (
     EvaluationRecord,
     PredictionRecord,
@@ -33,7 +32,8 @@ from trainer.callbacks import (
     ValidationRecord,
 )
 from trainer.callbacks.ema import EvaluateAverage, check_average
-from trainer.recipe import check_class, check_recipe, dotted_keys, flat, names_something_in
+from trainer.modules.optimization import check_clipping
+from trainer.recipe import check_class, check_content, check_recipe, explain, flat, names_something_in
 from trainer.restore import Weights, average_of, check_fit, find_checkpoint, read_checkpoint
 from trainer.run import Run
 
@@ -126,6 +126,20 @@ class RecipeCLI(LightningCLI):
         """Parse `args` and nothing else, so without the warning that `sys.argv` is left unused."""
         self.config = parser.parse_args(args)
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse at once what Lightning would stumble over in the middle of a training.
+
+        Raises:
+            UserError: There is such a value.
+        """
+        check_clipping(self._get(self.config, "trainer.gradient_clip_val"))
+        interval = self._get(self.config, "trainer.val_check_interval")
+        if isinstance(interval, int | float) and not interval > 0:
+            raise UserError(
+                f"trainer.val_check_interval {interval}: batches of micro_batch_size from one validation to the next, "
+                "or a share of an epoch: above 0"
+            )
+
     def _parse_ckpt_path(self) -> None:
         """Checkpoints are read, and refused, by `_checkpoint`."""
 
@@ -146,7 +160,7 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give every run its metrics as CSV, beside whatever logger the recipe names, all inside the run's folder."""
         config: Namespace = self._get(self.config_init, "trainer")
-        run = Run(config.default_root_dir or ".")
+        self._run = run = Run(config.default_root_dir or ".")
         run.create()
         named = config.logger if isinstance(config.logger, list) else [config.logger]
         loggers: list[Logger] = [logger for logger in named if isinstance(logger, Logger)]
@@ -182,7 +196,8 @@ class RecipeCLI(LightningCLI):
             raise UserError(f"recipe {' + '.join(RecipeParser.recipes)}: {explain(str(error), set(), [])}") from error
 
     def _prune(self) -> None:
-        Run(self._get(self.config, "trainer").default_root_dir or ".").prune()
+        if hasattr(self, "_run"):
+            self._run.prune()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
@@ -232,11 +247,12 @@ class RecipeCLI(LightningCLI):
             return None
         if path.is_file():
             content = read_checkpoint(path)
+            if subcommand == "fit":
+                self._refuse_another_recipe(Run(path.parent.parent))  # says it better than tensors that do not fit
             check_fit(self.model, content["state_dict"], path)
             if subcommand == "fit":
                 if "loops" not in content:
                     raise UserError(f"checkpoint {path}: it holds weights alone, without the place in the training")
-                self._refuse_another_recipe(Run(path.parent.parent))
                 check_average(content, self.trainer.callbacks, path)
                 _say(f"going on from {path}, step {content.get('global_step')}")
             elif average := average_of(content, self._get(self.config_init, "weights"), path):
@@ -290,7 +306,8 @@ def fixes_a_training(key: str) -> bool:
     return (
         (key.startswith("model.") and name not in ("weights", "weights_sha256"))
         or key in {f"data.init_args.{name}" for name in _FIXED_DATA}
-        or key in ("seed_everything", "trainer.precision", "trainer.gradient_clip_val")
+        or key
+        in ("seed_everything", "trainer.precision", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm")
     )
 
 
@@ -315,12 +332,44 @@ def check_arguments(arguments: list[str]) -> tuple[list[str], str]:
             value = arguments[position + 1]
         if name in ("-c", "--config"):
             openings[value] = check_recipe(value)
-        elif name.startswith("--") and names_something_in(value) and value.rpartition(".")[2][0].isupper():
+            continue
+        if name.startswith("--") and value.lstrip()[:1] in ("{", "["):
+            _check_inline(value, name)
+        if name.startswith("--") and names_something_in(value) and value.rpartition(".")[2][0].isupper():
             check_class(value, {}, name)
             classes[name.removeprefix("--").removesuffix(".class_path")] = value
         elif name.startswith("--"):
             _check_override(name, list(openings), classes)
+    _check_complete(list(openings), arguments)
     return list(openings), next(iter(openings.values()), "")
+
+
+def _check_inline(value: str, name: str) -> None:
+    """Check the classes in YAML that was given on the command line; what is no YAML is the parser's to refuse."""
+    try:
+        content = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return
+    check_content(content, f"{name}: ")
+
+
+def _check_complete(recipes: list[str], arguments: list[str]) -> None:
+    """Refuse overlays that lie on nothing.
+
+    Raises:
+        UserError: They change the arguments of a model or of data that nobody names.
+    """
+    contents = {recipe: yaml.safe_load(Path(recipe).read_text()) for recipe in recipes}
+    given = {argument.partition("=")[0] for argument in arguments}
+    for key in ("model", "data"):
+        nodes = {recipe: content[key] for recipe, content in contents.items() if content.get(key) is not None}
+        named = any(not isinstance(node, dict) or "class_path" in node for node in nodes.values())
+        if nodes and not named and not given & {f"--{key}", f"--{key}.class_path"}:
+            recipe = next(iter(nodes))
+            raise UserError(
+                f"recipe {recipe}: {key} has no class_path: an overlay lies on a recipe, which comes first: "
+                f"-c RECIPE -c {recipe}"
+            )
 
 
 def _check_override(name: str, recipes: list[str], classes: dict[str, str]) -> None:
@@ -336,50 +385,6 @@ def _check_override(name: str, recipes: list[str], classes: dict[str, str]) -> N
         if isinstance(node, dict) and "class_path" in node:
             check_class(node["class_path"], {argument.split(".")[0]: None}, name)
             return
-
-
-def explain(message: str, keys: set[str], recipes: list[str]) -> str:
-    """Make one line with file and hint out of a parser's message.
-
-    Args:
-        message: What the parser says, over several lines.
-        keys: Every dotted key that there is.
-        recipes: The recipes that were read: the file with the offending key is named.
-    """
-    text = " ".join(message.split())
-    inner = re.search(r"unknown key '(.*?)'(; (did you mean '[^']*'\?|known: [\w, ]+))?", text)
-    if inner:  # an inner parser has explained it, and the outer ones have wrapped that
-        return f"{_file_with(inner.group(1), recipes)}{inner.group()}"
-    named = re.search(r'Parser key "([\w.]+)"', text)
-    # of a union's complaints, wrapped in those of outer unions, the innermost and first says what is wrong
-    text = text.rsplit("Errors: - ", 1)[-1].split(" - Expected a <class 'NoneType'>")[0]
-    explained = re.search(r"(recipe \S+: )?key '[\w.]+': .*", text)
-    if explained:
-        return explained.group()
-    unknown = re.search(r"(?:Key|[Oo]ption|[Uu]nrecognized arguments:|nested key)\s*['\"]?(?:--)?([\w.]+)", text)
-    if unknown and re.search(r"not expected|not accepted|[Uu]nrecognized|does not accept", text):
-        key = unknown.group(1)
-        parent, _, last = key.rpartition(".")
-        siblings = _children(keys, parent)
-        if not siblings:  # the mistake is further up
-            last, siblings = key.split(".")[0], _children(keys, "")
-        return f"{_file_with(key, recipes)}unknown key '{key}'{nearest(last, siblings)}"
-    plain = re.sub(r'^Parser key "[\w.]+": ', "", text).replace("<class '", "").replace("'>", "").replace("typing.", "")
-    return f"{_file_with(named.group(1), recipes)}key '{named.group(1)}': {plain}" if named else plain
-
-
-def _children(keys: set[str], parent: str) -> set[str]:
-    prefix = f"{parent}." if parent else ""
-    return {key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)} - {"help"}
-
-
-def _file_with(key: str, recipes: list[str]) -> str:
-    """The last recipe that has a dotted key, or one that ends so, as ``recipe FILE: ``."""
-    for recipe in reversed(recipes):
-        found = dotted_keys(yaml.safe_load(Path(recipe).read_text()))
-        if any(name == key or name.endswith(f".{key}") for name in found):
-            return f"recipe {recipe}: "
-    return ""
 
 
 def _say(line: str) -> None:

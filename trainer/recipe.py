@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ def check_recipe(path: str | Path) -> str:
         text = path.read_text()
     except OSError as error:
         raise UserError(f"recipe {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path}: no text: a recipe is a YAML file") from error
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -58,23 +60,61 @@ def check_recipe(path: str | Path) -> str:
         raise UserError(f"recipe {path}: not valid YAML{where} ({getattr(error, 'problem', error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"recipe {path}: expected keys such as model, data and trainer")
-    for key, node in _classes(content):
-        check_class(str(node["class_path"]), node.get("init_args") or {}, f"recipe {path}: {key}")
-    for key, value in flat(content).items():
-        if isinstance(value, str) and not key.endswith("class_path"):
-            _check_string(value, key, f"recipe {path}: {key}")
+    check_content(content, f"recipe {path}: ")
+    for name in ("trainer", "checkpoint"):
+        if not isinstance(content.get(name, {}), dict):
+            raise UserError(f"recipe {path}: {name}: expected keys below it, not {content[name]!r}")
     return _opening(text)
+
+
+def check_content(content: Any, where: str, key: str = "") -> None:
+    """Check the keys, classes and strings of a recipe or of a part of one.
+
+    Args:
+        content: What was read from YAML.
+        where: The file, put before the message.
+        key: Dotted key of the part.
+
+    Raises:
+        UserError: A key is no text, or a class is unknown, not allowed, or given an argument that it does not have.
+    """
+    _check_keys(content, f"{where}{key}")
+    for place, node in _classes(content, key):
+        _check_node(node, f"{where}{place}")
+    for place, value in flat(content, key).items():
+        if isinstance(value, str) and not place.endswith("class_path"):
+            _check_string(value, place, f"{where}{place}")
+
+
+def _check_keys(node: Any, where: str) -> None:
+    for child in node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ():
+        _check_keys(child, where)
+    for name in node if isinstance(node, Mapping) else ():
+        if not isinstance(name, str):
+            raise UserError(f"{where.rstrip(': ')}: the key {name!r} is no text: put it in quotes, or mend it")
+
+
+def _check_node(node: Mapping[str, Any], where: str) -> None:
+    """Check a class and its arguments."""
+    class_path, arguments = node["class_path"], node.get("init_args")
+    if not isinstance(class_path, str):
+        raise UserError(f"{where}: class_path is a class's full dotted path, not {class_path!r}")
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise UserError(f"{where}: init_args are names with values, not {arguments!r}")
+    check_class(class_path, arguments or {}, where)
 
 
 def _check_string(value: str, key: str, where: str) -> None:
     """Refuse what the parser would import, or read as a part of the recipe: it takes both where it wants an object."""
     if key.rpartition(".")[2] in ("weights", "ckpt_path"):
         return
-    if Path(value).is_file():
+    if _stat(value, Path.is_file):
         raise UserError(f"{where}: a recipe is one file; write here what is in {value}, or give it with -c")
     package = names_something_in(value)
     if package is not None:
         _check_package(package, f"{where}: '{value}'")
+        if value.rpartition(".")[2][0].isupper():
+            check_class(value, {}, where)
 
 
 def _check_package(package: str, what: str) -> None:
@@ -86,7 +126,7 @@ def _check_package(package: str, what: str) -> None:
 
 def names_something_in(value: str) -> str | None:
     """The package that a value names something in by dotted path; None if there is none. Nothing is imported."""
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value) or Path(value).exists():
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value) or _stat(value, Path.exists):
         return None
     package = value.partition(".")[0]
     try:
@@ -94,6 +134,14 @@ def names_something_in(value: str) -> str | None:
     except (ImportError, ValueError):
         return None
     return package if spec is not None and spec.origin is not None else None  # a mere folder has no origin
+
+
+def _stat(value: str, ask: Callable[[Path], bool]) -> bool:
+    """Ask about a path; a text that can be none, being too long for one, is not there."""
+    try:
+        return ask(Path(value))
+    except (OSError, ValueError):
+        return False
 
 
 def check_class(class_path: str, arguments: Mapping[str, Any], where: str) -> None:
@@ -115,6 +163,8 @@ def check_class(class_path: str, arguments: Mapping[str, Any], where: str) -> No
     found = _find(module_name, name)
     if found is None:
         raise UserError(f"{where}: there is no class '{class_path}'{nearest_class(class_path)}")
+    if inspect.isabstract(found):
+        raise UserError(f"{where}: class '{class_path}' is what its kinds share: name one{_known_classes(class_path)}")
     accepted = _accepted(found)
     for argument in arguments:
         if accepted is not None and argument not in accepted:
@@ -123,16 +173,107 @@ def check_class(class_path: str, arguments: Mapping[str, Any], where: str) -> No
 
 def nearest_class(class_path: str) -> str:
     """A hint at the class that was probably meant."""
-    known = {}
-    for home in CLASS_HOMES:
-        module = importlib.import_module(home)
-        for name in getattr(module, "__all__", None) or _own_classes(module):
-            known[f"{home}.{name}"] = name
+    known = {f"{home}.{name}": name for home in CLASS_HOMES for name in _classes_of(home)}
     by_name = nearest(class_path.rpartition(".")[2], known.values())
     for full, name in known.items():
         if by_name.endswith(f"'{name}'?"):
             return f"; did you mean '{full}'?"
-    return f"; known: {', '.join(sorted(known))}"
+    return _known_classes(class_path)
+
+
+def _known_classes(class_path: str) -> str:
+    """The classes beside a misspelt one; where that lies nowhere, where classes lie."""
+    home = class_path.rpartition(".")[0]
+    if home in CLASS_HOMES:
+        return f"; known: {', '.join(sorted(_classes_of(home)))}"
+    return f"; classes lie in {', '.join(CLASS_HOMES)}"
+
+
+def _classes_of(home: str) -> list[str]:
+    """Names of the classes of a module that a recipe can name."""
+    module = importlib.import_module(home)
+    names = getattr(module, "__all__", None) or _own_classes(module)
+    return [name for name in names if inspect.isclass(c := getattr(module, name)) and not inspect.isabstract(c)]
+
+
+def explain(message: str, keys: set[str], recipes: list[str]) -> str:
+    """Make one line with file and hint out of a parser's message.
+
+    Args:
+        message: What the parser says, over several lines.
+        keys: Every dotted key that there is.
+        recipes: The recipes that were read: the file with the offending key is named.
+    """
+    text = " ".join(message.split())
+    inner = re.search(r"unknown key '(.*?)'(; (did you mean '[^']*'\?|known: [\w, ]+))?", text)
+    if inner and f"key '{inner.group(1)}': " not in text:  # an inner parser explained it, and outer ones wrapped that
+        return f"{_file_with(inner.group(1), recipes)}{inner.group()}"
+    named = re.search(r'Parser key "([\w.]+)"', text)
+    # of a union's complaints, wrapped in those of outer unions, the innermost and first says what is wrong
+    text = text.rsplit("Errors: - ", 1)[-1].split(" - Expected a <class 'NoneType'>")[0]
+    text = text.split(" - unknown key ")[0].split(" Subclass types expect")[0]
+    text = re.sub(r"(?<=\S) - Not a valid subclass of .*", "", text)
+    explained = re.search(r"(recipe \S+: )?key '[\w.]+': .*", text)
+    if explained:
+        return explained.group()
+    unknown = re.search(r"(?:Key|[Oo]ption|[Uu]nrecognized arguments:|nested key)\s*['\"]?(?:--)?([\w.]+)", text)
+    if unknown and re.search(r"not expected|not accepted|[Uu]nrecognized|does not accept", text):
+        key = unknown.group(1)
+        if "nrecognized arguments" in text:  # on the command line, whatever recipes have
+            recipes = []
+        meant = sorted(known for known in keys if known.endswith(f".{key}"))
+        if meant or key in keys:
+            return f"unknown key '{key}'" + (f"; did you mean '{meant[0]}'?" if meant else ": another command takes it")
+        parent, _, last = key.rpartition(".")
+        siblings = _children(keys, parent)
+        if not siblings:  # the mistake is further up
+            last, siblings = key.split(".")[0], _children(keys, "")
+        return f"{_file_with(key, recipes)}unknown key '{key}'{nearest(last, siblings)}"
+    missing = re.search(r"the following arguments are required: (?:\w+\.)?(\w+)$", text)
+    if missing and not named:
+        where = f"recipe {' + '.join(recipes)}: " if recipes else ""
+        return f"{where}'{missing.group(1)}' is missing: give a recipe that has it, with -c RECIPE"
+    plain = _plain(re.sub(r'^Parser key "[\w.]+": ', "", text))
+    return f"{_file_with(named.group(1), recipes)}key '{named.group(1)}': {plain}" if named else plain
+
+
+_WORDS = {
+    "<class '": "",
+    "'>": "",
+    "typing.": "",
+    "Expected a collections.abc.Sequence": "Expected a list",
+    "Expected a collections.abc.Mapping": "Expected names with values",
+    "Expected a int": "Expected an int",
+    "Not a valid subclass of ": "Expected a class_path, with its init_args, of a ",
+}
+"""What the parser says, and what it means."""
+
+
+def _plain(text: str) -> str:
+    """A parser's words for types and classes as a person would write them."""
+    for said, meant in _WORDS.items():
+        text = text.replace(said, meant)
+    named = re.search(r"Expected a dot import path string: ?(\S*)", text)
+    if named:
+        return f"there is no class '{named.group(1)}'{nearest_class(named.group(1))}"
+    return text
+
+
+def _children(keys: set[str], parent: str) -> set[str]:
+    prefix = f"{parent}." if parent else ""
+    return {key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)} - {"help"}
+
+
+def _file_with(key: str, recipes: list[str]) -> str:
+    """The last recipe that has a dotted key, or one that ends so, as ``recipe FILE: ``."""
+    for recipe in reversed(recipes):
+        content = yaml.safe_load(Path(recipe).read_text())
+        # inside of lists, whose items have numbers, as well: `callbacks.0.init_args.shifts.1` is in `shifts`
+        inside = (re.sub(r"(\.\d+)+$", "", place) for place in flat(content))
+        found = {*dotted_keys(content), *inside}
+        if any(name == key or name.endswith(f".{key}") for name in found):
+            return f"recipe {recipe}: "
+    return ""
 
 
 def flat(node: Any, key: str = "") -> dict[str, Any]:
@@ -150,7 +291,7 @@ def flat(node: Any, key: str = "") -> dict[str, Any]:
 
 
 def dotted_keys(node: Any, key: str = "") -> Iterator[str]:
-    """Every key of a recipe at any depth, dotted."""
+    """Every key of a recipe at any depth, dotted; what is inside of a list is a value."""
     if isinstance(node, Mapping):
         for name, child in node.items():
             dotted = f"{key}.{name}" if key else str(name)

@@ -31,6 +31,7 @@ class Run:
         self.panels = self.root / "panels"
         self.checkpoints = self.root / "checkpoints"
         self.exports = self.root / "exports"
+        self._made: list[Path] = []
 
     @classmethod
     def existing(cls, root: str | Path) -> Run:
@@ -50,6 +51,7 @@ class Run:
         Raises:
             UserError: It cannot be written.
         """
+        self._made = [folder for folder in self.root.parents if not folder.exists()]
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / ".writable"
@@ -61,8 +63,9 @@ class Run:
             ) from error
 
     def prune(self) -> None:
-        """Remove folders in which nothing was written, the run's own included."""
-        for folder in [*sorted(self.root.glob("logs/version_*")), self.root / "logs", self.root]:
+        """Remove folders in which nothing was written: the run's own, and those above it that `create` made."""
+        logs = self.root / "logs"
+        for folder in [*sorted(logs.glob("version_*")), logs, self.root, *self._made]:
             with contextlib.suppress(OSError):  # not there, or not empty
                 folder.rmdir()
 

@@ -42,7 +42,7 @@ class Line(LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.validated.append(self.layer.weight.detach().clone())
-        self.log("val/size", self.layer.weight.abs().sum())
+        self.log("val/dsc", self.layer.weight.abs().sum())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1.0)
@@ -127,7 +127,7 @@ def test_the_weights_learn_as_without_an_average(tmp_path: Path) -> None:
 
 def test_validation_scores_the_average_and_the_best_is_kept_by_it(tmp_path: Path) -> None:
     watch, folder = Watch(), tmp_path / "checkpoints"
-    best = RunCheckpoint(monitor="val/size", mode="min", dirpath=str(folder))
+    best = RunCheckpoint(monitor="val/dsc", mode="min", dirpath=str(folder))
     # named last, as a recipe may: checkpoints are written after it all the same
     module = fit(tmp_path, best, watch, EMA(0.5, warmup=False), val_check_interval=1)
     averages = [by_hand(watch.weights[: n + 1], [0.5] * (n + 1)) for n in range(4)]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.models.tiny_vit import Attention
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
@@ -296,3 +297,36 @@ def test_layer_ids_group_the_trunk_as_timm_does(small):
     ids = small.layer_ids()
     assert len(scales) == len(list(trunk.parameters()))
     assert {name: 0.5 ** (12 - ids[name]) for name in scales} == scales
+
+
+def test_weights_of_a_run_are_weights(tmp_path):
+    model = LiteMedSAM(64, weights=None)
+    torch.save(
+        {"state_dict": {f"model.{name}": value for name, value in model.state_dict().items()}}, tmp_path / "a.ckpt"
+    )
+    loaded = LiteMedSAM(64, weights=str(tmp_path / "a.ckpt")).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+def test_evaluation_sees_the_weights_of_now(monkeypatch):
+    """As Lightning goes about a validation: the mode of each module is set back without `train`."""
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        nn.Module.train(self, mode)
+        if mode and self.attention_bias_cache:  # as in timm up to 1.0.20 at least
+            self.attention_bias_cache = {}
+        return self
+
+    monkeypatch.setattr(Attention, "train", train)
+    model, image = LiteMedSAM(64, weights=None), torch.rand(1, 3, 64, 64)
+    modes = {module: module.training for module in model.modules()}
+    with torch.no_grad():
+        before = model.eval().encode(image)
+        for module, mode in modes.items():
+            module.training = mode
+        for name, parameter in model.named_parameters():
+            if name.endswith("attention_biases"):
+                parameter.add_(torch.randn_like(parameter))
+        after = model.eval().encode(image)
+        assert (after - before).abs().max() > 1e-3
+        assert torch.equal(after, copy.deepcopy(model).train().eval().encode(image))

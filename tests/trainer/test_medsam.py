@@ -312,3 +312,17 @@ def test_ten_steps_follow_the_reference_loop(tiny_shards: Path, tmp_path: Path) 
     for name, parameter in to_ours(dict(theirs.named_parameters())).items():
         if not name.startswith("prompt_encoder"):
             assert (names[name] - parameter).abs().max() < 2e-4, name
+
+
+def test_coordinates_keep_their_precision_under_autocast() -> None:
+    """In bf16 a box's corners would be rounded to two pixels of 1024, and so would the places of the features."""
+    model, seen = MedSAM(SMALL, 128, weights=None).eval(), []
+    model.mask_decoder.register_forward_pre_hook(lambda _, given, named: seen.append(named), with_kwargs=True)
+    prompts = Prompts(torch.zeros(3, dtype=torch.int64), BOXES * 127, masks=torch.randn(3, 32, 32))
+    with torch.no_grad():
+        features = model.encode(torch.rand(1, 3, 128, 128))
+        model.decode(features, prompts)
+        with torch.autocast("cpu", torch.bfloat16):
+            model.decode(features, prompts)
+    for name in ("sparse_prompt_embeddings", "dense_prompt_embeddings", "image_positional_embeddings"):
+        assert torch.equal(seen[0][name], seen[1][name]), name

@@ -128,8 +128,8 @@ def test_a_warm_up_as_long_as_the_run_or_longer() -> None:
     [
         ({"warmup_steps": -1}, "warmup_steps -1 and cooldown_steps 0: steps are 0 or more"),
         ({"cooldown_steps": -2}, "cooldown_steps -2"),
-        ({"power": 0.0}, "power 0.0 is above 0"),
-        ({"final_factor": 1.5}, r"final_factor 1.5 in \[0, 1\]"),
+        ({"power": 0.0}, "here power is 0.0"),
+        ({"final_factor": 1.5}, "final_factor 1.5"),
         ({"final_factor": math.nan}, "final_factor nan"),
         ({"shape": "inverse_sqrt"}, "inverse_sqrt needs a timescale in steps, or warmup_steps"),
         ({"shape": "inverse_sqrt", "timescale": 0}, "timescale 0: 1 step or more"),

@@ -78,6 +78,17 @@ def test_bicubic_is_pillows_too():
     np.testing.assert_allclose(found, (pillow - pillow.min()) / (pillow.max() - pillow.min()), atol=1e-4)
 
 
+def test_bicubic_does_not_ring_at_edges():
+    """As MedSAM's scripts, whose resizing stays within the image's range: what is flat keeps its value."""
+    image = torch.zeros(1, 40, 60)
+    image[:, 10:30, 15:45] = 200
+    found = Preprocessing(120, resize="squash", interpolation="bicubic").images([image])[0, 0]
+    assert found[:20].max() == found[:, :20].max() == 0
+    assert found[40:80, 40:80].min() == 1
+    both = Preprocessing(120, resize="squash", interpolation="bicubic").images([image, image / 2 + 7])
+    torch.testing.assert_close(both[1], both[0]), "each image has its own range"
+
+
 def test_sizes_channels_and_dtypes_mix_in_a_batch():
     images = [
         noise(1, 50, 70, torch.uint8),

@@ -110,7 +110,7 @@ TYPOS = {
         "wrong checksum",
         "fetch it again",
     ),
-    "negative rate": (lambda c: c["model"]["init_args"].update(lr=-1.0), "lr -1.0 is above 0", "0 or more"),
+    "negative rate": (lambda c: c["model"]["init_args"].update(lr=-1.0), "lr is above 0", "here lr is -1.0"),
     "accumulation": (
         lambda c: c["trainer"].update(accumulate_grad_batches=3),
         "trainer.accumulate_grad_batches follows from",

@@ -187,6 +187,17 @@ def test_what_was_not_saved_or_cut_off_is_recorded_once(whole: Path, shards: Pat
     assert table.read_bytes() == (whole / "validation.csv").read_bytes()
 
 
+def test_a_training_that_goes_on_at_an_epochs_end_keeps_the_untouched_scores(shards: Path, tmp_path: Path) -> None:
+    """Lightning takes the end of an epoch for a start, and would score what has been trained as untouched."""
+    by_epochs = {"val_check_interval": 1.0, "max_steps": -1, "check_val_every_n_epoch": 1}
+    for root, parts in (("whole", [2]), ("parts", [1, 2, 2])):
+        for epochs in parts:
+            fit(str(shards), str(tmp_path / root), max_epochs=epochs, **by_epochs)
+    assert {row["step"] for row in rows_of(tmp_path / "whole")} == {"0", "2", "4"}
+    for name in ("validation.csv", "validation/untouched.csv", "validation/last.csv", "panels/step-000002.png"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_a_training_that_starts_anew_keeps_nothing_of_another(whole: Path, shards: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "validation", tmp_path / "validation")
     shutil.copy(whole / "validation.csv", tmp_path)

@@ -167,6 +167,9 @@ def test_safetensors_are_read(tmp_path):
         lambda state: {"model": state},
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": {"state_dict": state}},
+        lambda state: {"model": {f"module.{name}": value for name, value in state.items()}, "epoch": 3},
+        lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
+        lambda state: {"state_dict": {f"model.{name}": value for name, value in state.items()}},
     ],
 )
 def test_wrapped_state_dicts_are_unwrapped(tmp_path, wrap):
@@ -239,3 +242,25 @@ def test_a_hub_file_in_the_cache_needs_no_network(offline, source, file):
         save_file(STATE, path)
     assert_same(read_weights(source))
     assert offline == []
+
+
+def test_an_older_repository_has_its_weights_under_another_name(offline, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    torch.save(STATE, tmp_path / "pytorch_model.bin")
+    asked = []
+
+    def download(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        if not (tmp_path / file).is_file():
+            raise EntryNotFoundError(f"no {file}")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("trainer.models.weights.socket.getaddrinfo", lambda *_: [])
+    assert_same(read_weights("owner/model"))
+    assert asked == [("owner/model", "model.safetensors"), ("owner/model", "pytorch_model.bin")]
+    with pytest.raises(UserError, match="EntryNotFoundError"):
+        read_weights("owner/model:other.pth")
+    assert asked[2:] == [("owner/model", "other.pth")]

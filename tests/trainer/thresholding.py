@@ -52,7 +52,7 @@ class Thresholder(ScoredModule):
 def fit(
     shards: str,
     root: str,
-    steps: int,
+    steps: int = -1,
     ranks: int = 1,
     micro: int = 2,
     val: str | None = "val",
@@ -69,13 +69,16 @@ def fit(
         accelerator="cpu",
         devices=ranks,
         strategy="ddp_fork" if ranks > 1 else "auto",
-        max_steps=steps,
-        val_check_interval=4 // (micro * ranks),
         default_root_dir=root,
         logger=loggers,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"num_sanity_val_steps": -1, **arguments},
+        **{
+            "max_steps": steps,
+            "val_check_interval": 4 // (micro * ranks),
+            "num_sanity_val_steps": -1,
+            **arguments,
+        },
         callbacks=[RunCheckpoint(1, dirpath=str(run.checkpoints)), ValidationRecord(), ValidationPanels(3), *callbacks],
     )
     trainer.fit(Thresholder(), datamodule=data, ckpt_path=str(last) if last.exists() else None, weights_only=True)

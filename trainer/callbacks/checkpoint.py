@@ -14,7 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data_shards.datamodule import TripletDataModule
-from data_shards.errors import UserError
+from data_shards.errors import UserError, nearest
+from trainer.scores import METRICS
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -51,8 +52,10 @@ class RunCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
+        check_monitor(monitor)
         self.every_n_steps = every_n_steps
         self._saved_step = -1
+        self._due = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse to wait for a metric that never comes.
@@ -68,6 +71,9 @@ class RunCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let a run go on with other micro-batches, or on another number of ranks, at the same sample."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if trainer.state.fn == "fit":
+            # at an epoch's end Lightning would take this for a start, but the weights are untouched no more
+            trainer.num_sanity_val_steps = 0
         datamodule = getattr(trainer, "datamodule", None)
         if isinstance(datamodule, TripletDataModule) and "train" in datamodule.shards:
             settle(checkpoint, datamodule, trainer.world_size, trainer.max_steps != -1)
@@ -78,9 +84,20 @@ class RunCheckpoint(ModelCheckpoint):
         self._saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
-        """Save after every so many optimiser steps."""
+        """Save after every so many optimiser steps; where a validation follows, when that is done.
+
+        A run that is killed in a validation would go on behind it otherwise, and never know what was best.
+        """
         super().on_train_batch_end(trainer, pl_module, *arguments)
-        if trainer.global_step % self.every_n_steps == 0 or _is_last(trainer):
+        self._due = trainer.global_step % self.every_n_steps == 0 or _is_last(trainer)
+        if self._due and (trainer.should_stop or not _validation_follows(trainer)):
+            self._save_last(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the best, and save what was due before the validation."""
+        super().on_validation_end(trainer, pl_module)
+        if self._due and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._saved_step = -1  # a run that is told to stop has saved already, without what this validation found
             self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,6 +112,24 @@ class RunCheckpoint(ModelCheckpoint):
             with _uninterrupted():
                 trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", weights_only=False)  # the optimiser too
             self._saved_step = trainer.global_step
+        self._due = False
+
+
+def check_monitor(name: str | None) -> None:
+    """Refuse to keep the best by a metric that no validation logs, before a training waits for it.
+
+    Args:
+        name: ``checkpoint.monitor``.
+
+    Raises:
+        UserError: There is no such metric.
+    """
+    known = [f"val/{metric}{kind}" for metric in METRICS for kind in ("", "_median")]
+    known += ["val/dsc_gain", "val/targets_worse"]
+    metric, _, group = (name or "").removeprefix("val/").partition("/")
+    of_group = metric in METRICS and group.partition("/")[0] in ("dataset", "modality")
+    if name and not name.startswith("train/") and name not in known and not of_group:
+        raise UserError(f"checkpoint.monitor {name}: no validation logs that{nearest(name, known)}")
 
 
 @contextmanager
@@ -167,3 +202,9 @@ def _is_last(trainer: Trainer) -> bool:
     epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
     last_epoch = trainer.is_last_batch and 0 <= epochs <= trainer.current_epoch + 1
     return trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step or last_epoch
+
+
+def _validation_follows(trainer: Trainer) -> bool:
+    """Whether Lightning validates after this batch."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)

@@ -103,7 +103,7 @@ class ValidationPanels(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the samples."""
         self._keeper = None
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and not (trainer.sanity_checking and trainer.global_step):
             loader, batches = trainer.val_dataloaders, trainer.num_val_batches[0]
             self._keeper = PanelKeeper(spread_samples(loader, batches, self.count))
 

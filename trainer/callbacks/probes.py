@@ -5,6 +5,7 @@ Shapes: Q targets, N shifts.
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class BoxJitterProbe(Callback):
     """
 
     def __init__(self, shifts: tuple[float, ...] = (0, 5, 10, 20), samples: int = 64) -> None:
-        if not shifts or min(shifts) < 0 or samples < 1:
+        if not shifts or not all(0 <= shift < inf for shift in shifts) or samples < 1:
             raise UserError(
                 f"BoxJitterProbe: shifts are 0 or more, not {list(shifts)}; samples 1 or more, not {samples}"
             )

@@ -56,6 +56,8 @@ class ValidationRecord(Callback):
             return
         scores, run = pl_module.gathered_scores(), Run(trainer.default_root_dir)
         if trainer.sanity_checking:
+            if trainer.global_step:  # a run that goes on: these weights are not the untouched ones
+                return
             if scores and trainer.num_sanity_val_batches == trainer.num_val_batches:  # a part is no reference
                 self._untouched = scores
                 if trainer.is_global_zero:

@@ -5,9 +5,13 @@ Shapes: Q masks, H W height and width.
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from data_shards.errors import UserError
 
 
 class DiceCrossEntropy(nn.Module):
@@ -24,6 +28,12 @@ class DiceCrossEntropy(nn.Module):
 
     def __init__(self, dice_weight: float = 1.0, cross_entropy_weight: float = 1.0, smooth: float = 1e-5) -> None:
         super().__init__()
+        weights = (dice_weight, cross_entropy_weight)
+        if not all(0 <= weight < inf for weight in weights) or not sum(weights) or not 0 < smooth < inf:
+            raise UserError(
+                "DiceCrossEntropy: dice_weight and cross_entropy_weight are 0 or more and not both 0, smooth is above "
+                f"0, not {dice_weight}, {cross_entropy_weight} and {smooth}"
+            )
         self.dice_weight, self.cross_entropy_weight, self.smooth = dice_weight, cross_entropy_weight, smooth
 
     def forward(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from timm.layers import LayerNorm2d
-from timm.models.tiny_vit import TinyVit
+from timm.models.tiny_vit import Attention, TinyVit
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
@@ -41,14 +42,18 @@ class TinyViTEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        trunk = TinyVit(
-            embed_dims=(64, 128, 160, 320),
-            depths=(2, 2, 6, 2),
-            num_heads=(2, 4, 5, 10),
-            window_sizes=(7, 7, 14, 7),
-            drop_path_rate=0.0,
-            num_classes=0,
-        )
+        planned = torch.get_default_device().type == "meta"
+        # older versions of timm compute with numbers here, and a plan's device has none; a plan draws nothing
+        with torch.device("cpu"), torch.random.fork_rng(devices=[], enabled=planned):
+            trunk = TinyVit(
+                embed_dims=(64, 128, 160, 320),
+                depths=(2, 2, 6, 2),
+                num_heads=(2, 4, 5, 10),
+                window_sizes=(7, 7, 14, 7),
+                drop_path_rate=0.0,
+                num_classes=0,
+            )
+        trunk = trunk.to(torch.get_default_device())
         for norm_conv in (trunk.patch_embed.conv1, trunk.patch_embed.conv2):
             old = norm_conv.conv
             norm_conv.conv = nn.Conv2d(old.in_channels, old.out_channels, kernel_size=1, bias=False)
@@ -93,6 +98,18 @@ class LiteMedSAM(SAMDecoding):
             load_strictly(self, from_original(read_weights(source, weights_sha256)), source)
         self.train()  # a module is born in training mode without this being called: batch-norm would not be frozen
 
+    def train(self, mode: bool = True) -> LiteMedSAM:
+        """Switch training on or off, and forget the attention biases that TinyViT caches in evaluation.
+
+        Older releases of timm drop them only when training is switched on by this method, which Lightning goes round
+        after a validation: the next one would still see the biases of the first.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attention_bias_cache = {}
+        return self
+
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, S, S) into features (B, 256, S/4, S/4)."""
         features: Tensor = self.image_encoder(images)
@@ -122,7 +139,9 @@ class LiteMedSAM(SAMDecoding):
 
 
 def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename LiteMedSAM's released layout (``.c`` convolutions, ``layers``) to ours."""
+    """Rename LiteMedSAM's released layout (``.c`` convolutions, ``layers``) to ours; ours stays as it is."""
+    if any(name.startswith("image_encoder.trunk.") for name in state):
+        return dict(state)
     renamed = rename(state, (*_ENCODER, *SAM_DECODER))
     return {_conv_norm(name, ".c.", ".conv."): tensor for name, tensor in renamed.items()}
 

@@ -29,7 +29,9 @@ class Preprocessing:
         scaling: ``"minmax"`` maps each image's own range to [0, 1] (MedSAM, LiteMedSAM); ``"mean_std"`` takes 8-bit
             images as they are, others with their own range mapped to [0, 255], and standardises with ImageNet's mean
             and deviation (SAM).
-        interpolation: Filter for images; always antialiased. Masks are taken nearest.
+        interpolation: Filter for images; always antialiased. Bicubic stays within an image's own range, as in the
+            resizing of MedSAM's scripts: it would ring at edges, and a black background be grey. Masks are taken
+            nearest.
         channels: Number of input channels; grey images are repeated.
     """
 
@@ -62,6 +64,10 @@ class Preprocessing:
             resized = F.interpolate(
                 stack.float(), self.input_size(*stack.shape[-2:]), mode=self.interpolation, antialias=True
             )
+            if self.interpolation == "bicubic":
+                native = stack.float().flatten(1)
+                lowest, highest = (bound.view(-1, 1, 1, 1) for bound in native.aminmax(dim=1))
+                resized = resized.clamp(lowest, highest)
             if self.scaling == "mean_std" and stack.dtype == torch.uint8:
                 scaled = resized / 255
             else:

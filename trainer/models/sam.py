@@ -55,15 +55,17 @@ class SAMDecoding(SegmentationModel):
     def decode(self, features: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Predict one mask a prompt: logits (Q, 1, h, w) and predicted IoU (Q, 1)."""
         points, labels, boxes, masks = prompts.points, prompts.labels, prompts.boxes, prompts.masks
-        sparse, dense = self.prompt_encoder(
-            input_points=None if points is None else points[:, None],
-            input_labels=None if labels is None else labels[:, None],
-            input_boxes=None if boxes is None else boxes[:, None],
-            input_masks=None if masks is None else masks[:, None],
-        )
+        with torch.autocast(features.device.type, enabled=False):  # bf16 would round coordinates to some two pixels
+            sparse, dense = self.prompt_encoder(
+                input_points=None if points is None else points[:, None],
+                input_labels=None if labels is None else labels[:, None],
+                input_boxes=None if boxes is None else boxes[:, None],
+                input_masks=None if masks is None else masks[:, None].float(),
+            )
+            positions = self._positions(features.shape[-1])
         logits, scores = self.mask_decoder(
             image_embeddings=features[prompts.image_index],
-            image_positional_embeddings=self._positions(features.shape[-1]).expand(len(prompts), -1, -1, -1),
+            image_positional_embeddings=positions.expand(len(prompts), -1, -1, -1),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=False,

@@ -6,6 +6,7 @@ Nothing pickled is trusted: files are safetensors, or read with ``weights_only``
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import re
@@ -51,6 +52,8 @@ PINNED = {
 
 _FILE_ENDINGS = {".bin", ".ckpt", ".pt", ".pth", ".safetensors"}
 """What a file of weights ends in; a dot in a hub's name (sam2.1-hiera-tiny) is no such ending."""
+_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+"""What transformers calls the weights in a folder or repository; older ones have the second."""
 
 
 def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
@@ -146,7 +149,7 @@ def _locate(source: str) -> tuple[Path, str | None]:
 
 def _in_folder(folder: Path) -> Path:
     """The weights in a folder that transformers wrote."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in _FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name
     if any(folder.glob("*.index.json")):
@@ -156,16 +159,21 @@ def _in_folder(folder: Path) -> Path:
 
 def _from_hub(source: str) -> Path:
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
 
     repository, _, file = source.partition(":")
-    file = file or "model.safetensors"
+    *others, last = (file,) if file else _FOLDER_FILES
     try:
-        # hf_hub_download(local_files_only=True) would ask the hub about the program that calls it
-        if isinstance(cached := try_to_load_from_cache(repository, file), str):
-            return Path(cached)
+        for name in (*others, last):
+            # hf_hub_download(local_files_only=True) would ask the hub about the program that calls it
+            if isinstance(cached := try_to_load_from_cache(repository, name), str):
+                return Path(cached)
         if not urllib.request.getproxies():  # an unknown host is no reason to try for half a minute
             socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
-        return Path(hf_hub_download(repository, file))
+        for name in others:
+            with contextlib.suppress(EntryNotFoundError):
+                return Path(hf_hub_download(repository, name))
+        return Path(hf_hub_download(repository, last))
     except Exception as error:  # the hub client raises many kinds: offline, no route, no such repository, gated
         reason = "no network" if isinstance(error, socket.gaierror) else type(error).__name__
         raise UserError(
@@ -190,5 +198,8 @@ def _load(path: Path) -> dict[str, Tensor]:
         or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
     ):
         raise UserError(f"weights {path}: holds no state dict of tensors by name")
-    prefix = "model."  # of a run's own checkpoint, whose module holds the model
-    return {name.removeprefix(prefix): value for name, value in state.items()}
+    # what was around the model when it was saved: DataParallel (MedSAM's script for several GPUs), torch.compile, or
+    # the module of a run's own checkpoint
+    for prefix in ("module.", "_orig_mod.", "model."):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state

@@ -6,9 +6,11 @@ Shapes: B images, Q targets, S the model's input side, h w the decoder's mask si
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -87,10 +89,11 @@ class MedSAMModule(ScoredModule):
         final_factor: float = 0.0,
     ) -> None:
         super().__init__()
-        if lr <= 0 or min(weight_decay, score_weight) < 0 or not all(0 <= beta < 1 for beta in betas):
+        amounts = (weight_decay, score_weight)
+        if not 0 < lr < inf or not all(0 <= v < inf for v in amounts) or not all(0 <= beta < 1 for beta in betas):
             raise UserError(
-                f"lr {lr} is above 0, weight_decay {weight_decay} and score_weight {score_weight} are 0 or more, betas "
-                f"{betas} in [0, 1)"
+                "lr is above 0, weight_decay and score_weight are 0 or more, betas in [0, 1): here lr is "
+                f"{lr}, weight_decay {weight_decay}, score_weight {score_weight}, betas {betas}"
             )
         self.model = model
         self.tuning = tuning or FullTuning()
@@ -108,7 +111,8 @@ class MedSAMModule(ScoredModule):
         """Refuse training data that a box-prompted model cannot learn from.
 
         Raises:
-            UserError: Samples without a target, a precision that is not supported, or a schedule without an end.
+            UserError: Samples without a target, a precision that is not supported, a schedule without an end, or a
+                prompt encoder that learns where all ranks wait for a gradient of all that does.
         """
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
@@ -117,6 +121,14 @@ class MedSAMModule(ScoredModule):
             raise UserError(
                 f"schedule {self.schedule.shape} needs to know the end: set trainer.max_steps or trainer.max_epochs"
             )
+        strategy = self.trainer.strategy
+        if stage == "fit" and isinstance(strategy, DDPStrategy):
+            learns = [n for n, p in self.named_parameters() if p.requires_grad and ".prompt_encoder." in n]
+            if learns and not strategy._ddp_kwargs.get("find_unused_parameters"):
+                raise UserError(
+                    f"trainer.strategy: {learns[0]} learns, and a batch reaches only those parts of the prompt encoder "
+                    "that its prompts need: set it to ddp_find_unused_parameters_true, or freeze prompt_encoder"
+                )
         datamodule = self.trainer.datamodule
         for name, alone in (("clip_length", 1), ("negatives_per_image", 0)):
             if stage == "fit" and getattr(datamodule, name, alone) != alone:

@@ -62,8 +62,11 @@ class RateSchedule:
             raise UserError(
                 f"warmup_steps {self.warmup_steps} and cooldown_steps {self.cooldown_steps}: steps are 0 or more"
             )
-        if not self.power > 0 or not 0 <= self.final_factor <= 1:
-            raise UserError(f"power {self.power} is above 0, final_factor {self.final_factor} in [0, 1]")
+        if not 0 < self.power < math.inf or not 0 <= self.final_factor <= 1:
+            raise UserError(
+                f"power is above 0 and final_factor in [0, 1]: here power is {self.power}, final_factor "
+                f"{self.final_factor}"
+            )
         if self.timescale is not None and self.timescale < 1:
             raise UserError(f"timescale {self.timescale}: 1 step or more; null takes warmup_steps")
         if self.shape == "inverse_sqrt" and not (self.timescale or self.warmup_steps):
@@ -146,6 +149,19 @@ def rate_factor(schedule: RateSchedule, total_steps: int) -> Callable[[int], flo
     return factor
 
 
+def check_clipping(limit: float | None) -> None:
+    """Refuse a limit on gradients that is negative or no number.
+
+    Args:
+        limit: ``trainer.gradient_clip_val``.
+
+    Raises:
+        UserError: It is.
+    """
+    if limit is not None and not limit >= 0:
+        raise UserError(f"trainer.gradient_clip_val {limit}: above 0, or null for no clipping")
+
+
 def guard_gradients(
     module: LightningModule, optimizer: Optimizer, limit: float | None, algorithm: str | None = None
 ) -> None:
@@ -163,9 +179,8 @@ def guard_gradients(
     Raises:
         UserError: The limit is negative.
     """
+    check_clipping(limit)
     trainer = module.trainer
-    if limit is not None and limit < 0:
-        raise UserError(f"trainer.gradient_clip_val {limit}: above 0, or null for no clipping")
     logged = trainer.log_every_n_steps > 0 and (trainer.global_step + 1) % trainer.log_every_n_steps == 0
     by_value = algorithm is not None and str(getattr(algorithm, "value", algorithm)) == "value"
     if not limit and not logged:

@@ -17,11 +17,12 @@ from rich.console import Console
 from data_shards.display import check_place
 from data_shards.errors import UserError
 from data_shards.sampler import GlobalOrderSampler
-from trainer.lightning_cli import RecipeCLI, RecipeParser, explain
+from trainer.lightning_cli import RecipeCLI, RecipeParser
 from trainer.models import SegmentationModel
 from trainer.modules import MedSAMModule
 from trainer.plan.groups import memory, parameter_groups
 from trainer.plan.text import show
+from trainer.recipe import explain
 from trainer.restore import build, instantiate, without_weights
 from trainer.run import opening, write_json
 
@@ -178,7 +179,7 @@ def _devices(trainer: Mapping[str, Any]) -> int | None:
 
 def _leave_unquantised(node: dict[str, Any]) -> list[str]:
     """Take `quantize` out of a module's tuning, since there are no weights to quantise, and say so."""
-    arguments = (node["init_args"].get("tuning") or {}).get("init_args") or {}
+    arguments = ((node.get("init_args") or {}).get("tuning") or {}).get("init_args") or {}
     bits = arguments.get("quantize")
     if bits is None:
         return []

@@ -53,8 +53,8 @@ class ClickPrompts(Prompter):
     ) -> None:
         if min(corrections, blank, eval_corrections) < 0:
             raise UserError(
-                f"ClickPrompts: corrections {corrections}, blank {blank} and eval_corrections {eval_corrections} are "
-                "0 or more"
+                "ClickPrompts: corrections, blank and eval_corrections are 0 or more, not "
+                f"{corrections}, {blank} and {eval_corrections}"
             )
         if blank and not mask:
             raise UserError(f"ClickPrompts: blank {blank} repeats a question unless mask is true: set blank to 0")

@@ -32,7 +32,7 @@ class PointPrompts(Prompter):
 
     def __init__(self, positive: int = 1, negative: int = 0, seed: int | None = None) -> None:
         if positive < 1 or negative < 0:
-            raise UserError(f"PointPrompts: positive {positive} is 1 or more, negative {negative} is 0 or more")
+            raise UserError(f"PointPrompts: positive is 1 or more, negative 0 or more, not {positive} and {negative}")
         self.positive, self.negative, self.seed = positive, negative, run_seed(seed)
 
     def describe(self) -> dict[str, Any]:

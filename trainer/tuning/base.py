@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
+from math import inf
 from typing import Any, Literal
 
 from torch import nn
@@ -28,7 +29,7 @@ class Tuning(ABC):
     def __init__(self, rates: Mapping[str, float] | None = None) -> None:
         self.rates = dict(rates or {})
         for pattern, rate in self.rates.items():
-            if not rate > 0:
+            if not 0 < rate < inf:
                 raise UserError(f"rates: {pattern}: {rate}: a factor is above 0; what shall not learn is frozen")
 
     @abstractmethod

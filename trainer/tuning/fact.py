@@ -84,7 +84,7 @@ class FacTTuning(AddedTuning):
     ) -> None:
         super().__init__(train, rates)
         check_low_rank(rank, dropout)
-        if not scale > 0:
+        if not 0 < scale < math.inf:
             raise UserError(f"scale is above 0, not {scale}")
         self.rank, self.scale, self.dropout = rank, scale, dropout
 

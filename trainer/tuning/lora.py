@@ -6,6 +6,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -60,7 +61,7 @@ class LoRATuning(Tuning):
     ) -> None:
         super().__init__(rates)
         check_low_rank(rank, dropout)
-        if not alpha > 0:
+        if not 0 < alpha < inf:
             raise UserError(f"alpha is above 0, not {alpha}")
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.targets, self.trained = targets, list(train)
@@ -129,7 +130,7 @@ def _matching(model: SegmentationModel, targets: str) -> list[str]:
         pattern = re.compile(targets)
     except re.error as error:
         raise UserError(f"LoRA targets '{targets}' are no regular expression: {error}") from error
-    names = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
+    names = [name for name, _ in model.named_modules() if name and pattern.fullmatch(name)]
     if not names:
         word = re.split(r"\W+", targets)[-1]
         raise UserError(
