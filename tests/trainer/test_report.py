@@ -782,7 +782,7 @@ class TestNsdAndGroups:
         rows = [{"step": 3, "train/loss": 1.0}, {"step": 3, **dict(zip(names, (0.5, 0.25, 0.5), strict=True))}]
         write_log(empty, 0, [*rows, {"step": 7, **dict(zip(names, (0.6, -0.125, 0.25), strict=True))}])
         text = self.part(empty, "Training").replace("\u00a0", " ")
-        assert "(step 7) mean DSC differed from the untouched model's on the same targets by −0.125; 25 % of" in text
+        assert "(step 8) mean DSC differed from the untouched model's on the same targets by −0.125; 25 % of" in text
 
 
 JITTER = {"side": 1024, "samples": 5, "targets": 9, "shifts": [-5, 0, 20], "dsc": {"mean": [0.5, 0.9, 0.25]}}

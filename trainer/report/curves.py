@@ -38,7 +38,9 @@ def read_curves(logs: Path) -> dict[str, Curve]:
             merged = {name: {s: v for s, v in curve.items() if s < redone} for name, curve in merged.items()}
         for name, curve in columns.items():
             merged[name] = merged.get(name, {}) | curve
-    return {name: dict(sorted(curve.items())) for name, curve in merged.items() if curve}
+    # Lightning gives a validation the number of the last step before it; elsewhere it has the number of steps taken
+    later = {name: int(name.startswith("val/")) for name in merged}
+    return {name: {s + later[name]: v for s, v in sorted(curve.items())} for name, curve in merged.items() if curve}
 
 
 def _number(version: Path) -> tuple[int, str]:
