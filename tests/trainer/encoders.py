@@ -20,6 +20,17 @@ from trainer.models.sam import WIDTH, SAMDecoding
 from trainer.prompts import Prompts
 
 SIDES = {"medsam": 64, "litemedsam": 64, "sam2": 64, "sam3": 56}
+BLOCKS = {
+    "medsam": [f"image_encoder.layers.{i}" for i in range(3)],
+    "litemedsam": [
+        f"image_encoder.trunk.stages.{stage}.blocks.{i}" for stage, n in ((1, 2), (2, 6), (3, 2)) for i in range(n)
+    ],
+    "sam2": [f"image_encoder.blocks.{i}" for i in range(6)],
+    "sam3": [f"image_encoder.layers.{i}" for i in range(3)],
+}
+"""The names that the transformer blocks have."""
+ATTENTION = {"medsam": "attn", "litemedsam": "attn", "sam2": "attn", "sam3": "attention"}
+"""What a block calls its attention."""
 
 
 class Encoder(SAMDecoding):
@@ -99,3 +110,8 @@ def logits(model: SegmentationModel, family: str) -> Tensor:
     boxes = torch.tensor([[5.0, 8.0, 50.0, 52.0], [20.0, 20.0, 30.0, 40.0]])
     decoded: Tensor = model.decode(model.encode(image), Prompts(torch.zeros(2, dtype=torch.int64), boxes))[0]
     return decoded
+
+
+def learning(model: nn.Module) -> set[str]:
+    """Names of the parameters that learn."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

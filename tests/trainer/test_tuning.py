@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from encoders import learning
 from torch import nn
 
 from data_shards.errors import UserError
@@ -28,10 +29,6 @@ EMBEDDING = "prompt_encoder.shared_embedding.positional_embedding"
 @pytest.fixture
 def model(small) -> LiteMedSAM:
     return copy.deepcopy(small)
-
-
-def learning(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from encoders import ATTENTION, BLOCKS, FAMILIES, SIDES, learning, logits, make
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
-from tests.trainer.encoders import FAMILIES, SIDES, logits, make
 from trainer.models import MedSAM, SegmentationModel
 from trainer.models.medsam import ViT
 from trainer.prompts import Prompts
@@ -34,15 +34,6 @@ METHODS: dict[str, Callable[[], Tuning]] = {
     "lesam": LeSAMTuning,
     "adaptformer": lambda: AdaptFormerTuning(bottleneck=4),
 }
-BLOCKS = {
-    "medsam": [f"image_encoder.layers.{i}" for i in range(3)],
-    "litemedsam": [
-        f"image_encoder.trunk.stages.{stage}.blocks.{i}" for stage, n in ((1, 2), (2, 6), (3, 2)) for i in range(n)
-    ],
-    "sam2": [f"image_encoder.blocks.{i}" for i in range(6)],
-    "sam3": [f"image_encoder.layers.{i}" for i in range(3)],
-}
-ATTENTION = {"medsam": "attn", "litemedsam": "attn", "sam2": "attn", "sam3": "attention"}
 DECODER = [
     f"mask_decoder.transformer.layers.{i}.{place}"
     for i in range(2)
@@ -52,10 +43,6 @@ PARAMETERS = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 everywhere = pytest.mark.parametrize("family", FAMILIES)
 every_method = pytest.mark.parametrize("method", METHODS)
-
-
-def learning(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def adapters(model: nn.Module) -> dict[str, Bottleneck]:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from encoders import BLOCKS, FAMILIES, SIDES, learning, logits, make
+from torch import Tensor
 
-from tests.trainer.encoders import FAMILIES, SIDES, logits, make
 from trainer.models import MedSAM, SegmentationModel
 from trainer.models.medsam import ViT
 from trainer.prompts import Prompts
@@ -39,12 +39,6 @@ METHODS: dict[str, Callable[[], Tuning]] = {
 ADDING = ("lora", "dora", "samed", "fact", "ssf")
 """Methods that put parts in, and fold them into the weights."""
 
-BLOCKS = {
-    "medsam": [f"image_encoder.layers.{i}" for i in range(3)],
-    "litemedsam": [f"image_encoder.trunk.stages.{s}.blocks.{b}" for s, n in ((1, 2), (2, 6), (3, 2)) for b in range(n)],
-    "sam2": [f"image_encoder.blocks.{i}" for i in range(6)],
-    "sam3": [f"image_encoder.layers.{i}" for i in range(3)],
-}
 QUERY_VALUE = {
     "medsam": ("attn.qkv", "attn.qkv"),
     "litemedsam": ("attn.qkv", "attn.qkv"),
@@ -124,10 +118,6 @@ def step(model: SegmentationModel, family: str) -> None:
 @torch.no_grad()
 def answer(model: SegmentationModel, family: str) -> Tensor:
     return logits(model, family)
-
-
-def learning(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def own(family: str) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from encoders import FAMILIES, logits, make
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
-from tests.trainer.encoders import FAMILIES, logits, make
 from trainer.models import SegmentationModel
 from trainer.tuning import FacTTuning, LoRATuning, SAMedTuning, Tuning
 from trainer.tuning.additions import Addition

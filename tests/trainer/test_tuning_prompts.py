@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from encoders import ATTENTION, BLOCKS, FAMILIES, SIDES, logits, make
 from torch import Tensor, nn
 from transformers.models.sam.configuration_sam import SamVisionConfig
 from transformers.models.sam.modeling_sam import SAM_VISION_ATTENTION_CLASSES, SamVisionAttention
 
 from data_shards.errors import UserError
-from tests.trainer.encoders import FAMILIES, SIDES, logits, make
 from trainer.models import MedSAM, SegmentationModel
 from trainer.models.medsam import ViT
 from trainer.prompts import Prompts
@@ -24,14 +24,6 @@ from trainer.tuning import HoulsbyTuning, LoRATuning, VisualPromptTuning
 from trainer.tuning.prompted_attention import attend, kind_of
 from trainer.tuning.visual_prompts import VisualPrompts
 
-BLOCKS = {
-    "medsam": [f"image_encoder.layers.{i}" for i in range(3)],
-    "litemedsam": [
-        f"image_encoder.trunk.stages.{stage}.blocks.{i}" for stage, n in ((1, 2), (2, 6), (3, 2)) for i in range(n)
-    ],
-    "sam2": [f"image_encoder.blocks.{i}" for i in range(6)],
-    "sam3": [f"image_encoder.layers.{i}" for i in range(3)],
-}
 NORMS = {"medsam": "layer_norm1", "litemedsam": "attn.norm", "sam2": "norm1", "sam3": "layer_norm1"}
 TOKENS = 5
 CASES = [*((family, True) for family in FAMILIES), ("medsam", False), ("sam3", False)]
@@ -40,14 +32,10 @@ everywhere = pytest.mark.parametrize("family", FAMILIES)
 every_case = pytest.mark.parametrize(("family", "deep"), CASES, ids=lambda value: str(value))
 
 
-def attention_name(family: str) -> str:
-    return "attention" if family == "sam3" else "attn"
-
-
 def prompt_names(family: str, deep: bool) -> list[str]:
     if not deep:
         return [f"{BLOCKS[family][0]}.prompts.tokens"]
-    return [f"{block}.{attention_name(family)}.prompts.tokens" for block in BLOCKS[family]]
+    return [f"{block}.{ATTENTION[family]}.prompts.tokens" for block in BLOCKS[family]]
 
 
 def message(action: Callable[[], Any]) -> str:
@@ -187,7 +175,7 @@ def recorded(model: SegmentationModel, family: str, names: list[str]) -> dict[st
 def test_deep_prompts_by_hand_in_every_block(family: str) -> None:
     """In every window, at its edges and in global blocks; what comes out at the prompts is thrown away."""
     model, untouched = tuned(family), make(family)
-    names = [f"{block}.{attention_name(family)}" for block in BLOCKS[family]]
+    names = [f"{block}.{ATTENTION[family]}" for block in BLOCKS[family]]
     seen = recorded(model, family, names)
     for block, name in zip(BLOCKS[family], names, strict=True):
         attention: Any = untouched.get_submodule(name)
@@ -259,7 +247,7 @@ def shallow_block_by_hand(
     """One block on one image: tokens (H, W, C) and prompts (P, C); windows one after another."""
     height, width, channels = tokens.shape
     side = block.window_size or height
-    attention = getattr(block, attention_name(family))
+    attention = getattr(block, ATTENTION[family])
     normed = torch.zeros(-(-height // side) * side, -(-width // side) * side, channels)
     normed[:height, :width] = block.layer_norm1(tokens)
     mixed, answers = torch.zeros_like(normed), []

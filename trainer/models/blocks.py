@@ -1,11 +1,11 @@
 """Where the transformer blocks of an encoder are, and what is in them: the one map that every tuning method reads.
 
-A family's blocks are found by the class that implements them, so a new family is one function and one line in `_KINDS`.
+A family's blocks are found by the class that implements them: a new family is one line in `_KINDS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -90,7 +90,7 @@ class DecoderBlock:
 def encoder_blocks(model: nn.Module) -> tuple[Block, ...]:
     """The encoders' transformer blocks, from the input on."""
     found = ((name, module, _kind(module, _KINDS)) for name, module in model.named_modules())
-    return tuple(describe(name, module) for name, module, describe in found if describe is not None)
+    return tuple(_describe(name, module, names) for name, module, names in found if names is not None)
 
 
 def decoder_blocks(model: nn.Module) -> tuple[DecoderBlock, ...]:
@@ -117,83 +117,58 @@ def _kind(module: nn.Module, kinds: Mapping[tuple[str, str], T]) -> T | None:
     return next((kinds[kind] for kind in known if kind in kinds), None)
 
 
-def _fused(module: str, width: int, heads: int | None = None) -> dict[str, Projection]:
-    """Queries, keys and values of a fused layer: one after another, or so in each head."""
-    outputs = torch.arange(3 * width, device="cpu")  # a plan is made under another default device
-    parts = outputs.reshape(3, width) if heads is None else outputs.reshape(heads, 3, -1).transpose(0, 1).reshape(3, -1)
-    return {name: Projection(module, rows) for name, rows in zip(("query", "key", "value"), parts, strict=True)}
+@dataclass(frozen=True)
+class _Names:
+    """How a class of blocks calls its parts.
+
+    Attributes:
+        attention: Its attention.
+        makers: Attention's linear layers that make queries, keys and values; one, if they are fused.
+        projection: Attention's linear layer at the end.
+        mlp: First and last linear layer of ``mlp``.
+        norm: Whether ``mlp`` begins with a ``norm``.
+        by_head: Whether the outputs of a fused layer are queries, keys and values of one head after another.
+    """
+
+    attention: str
+    makers: tuple[str, ...]
+    projection: str
+    mlp: tuple[str, str]
+    norm: bool = False
+    by_head: bool = False
 
 
-def _sam(name: str, block: Any) -> Block:
-    width = block.attn.proj.out_features
+def _describe(name: str, block: nn.Module, names: _Names) -> Block:
+    attention: Any = block.get_submodule(names.attention)
+    width: int = attention.get_submodule(names.projection).out_features
+    makers = [f"{name}.{names.attention}.{maker}" for maker in names.makers]
+    if len(makers) == 1:
+        outputs = torch.arange(3 * width, device="cpu")  # a plan is made under another default device
+        heads: int = attention.num_heads if names.by_head else 1
+        parts = outputs.reshape(heads, 3, -1).transpose(0, 1).reshape(3, -1)
+        query, key, value = (Projection(makers[0], rows) for rows in parts)
+    else:
+        query, key, value = map(Projection, makers)
     return Block(
         name=name,
-        attention=f"{name}.attn",
-        **_fused(f"{name}.attn.qkv", width),
-        projection=f"{name}.attn.proj",
+        attention=f"{name}.{names.attention}",
+        query=query,
+        key=key,
+        value=value,
+        projection=f"{name}.{names.attention}.{names.projection}",
         mlp=f"{name}.mlp",
-        mlp_norm=None,
-        mlp_in=f"{name}.mlp.lin1",
-        mlp_out=f"{name}.mlp.lin2",
+        mlp_norm=f"{name}.mlp.norm" if names.norm else None,
+        mlp_in=f"{name}.mlp.{names.mlp[0]}",
+        mlp_out=f"{name}.mlp.{names.mlp[1]}",
         width=width,
-        width_in=width,
+        width_in=attention.get_submodule(names.makers[0]).in_features,
     )
 
 
-def _tiny_vit(name: str, block: Any) -> Block:
-    width = block.attn.proj.out_features
-    return Block(
-        name=name,
-        attention=f"{name}.attn",
-        **_fused(f"{name}.attn.qkv", width, heads=block.attn.num_heads),
-        projection=f"{name}.attn.proj",
-        mlp=f"{name}.mlp",
-        mlp_norm=f"{name}.mlp.norm",
-        mlp_in=f"{name}.mlp.fc1",
-        mlp_out=f"{name}.mlp.fc2",
-        width=width,
-        width_in=width,
-    )
-
-
-def _hiera(name: str, block: Any) -> Block:
-    width = block.attn.proj.out_features
-    return Block(
-        name=name,
-        attention=f"{name}.attn",
-        **_fused(f"{name}.attn.qkv", width),
-        projection=f"{name}.attn.proj",
-        mlp=f"{name}.mlp",
-        mlp_norm=None,
-        mlp_in=f"{name}.mlp.layers.0",
-        mlp_out=f"{name}.mlp.layers.1",
-        width=width,
-        width_in=block.attn.qkv.in_features,
-    )
-
-
-def _sam3(name: str, block: Any) -> Block:
-    width = block.attention.o_proj.out_features
-    return Block(
-        name=name,
-        attention=f"{name}.attention",
-        query=Projection(f"{name}.attention.q_proj"),
-        key=Projection(f"{name}.attention.k_proj"),
-        value=Projection(f"{name}.attention.v_proj"),
-        projection=f"{name}.attention.o_proj",
-        mlp=f"{name}.mlp",
-        mlp_norm=None,
-        mlp_in=f"{name}.mlp.fc1",
-        mlp_out=f"{name}.mlp.fc2",
-        width=width,
-        width_in=width,
-    )
-
-
-_KINDS: dict[tuple[str, str], Callable[[str, Any], Block]] = {
-    ("transformers", "SamVisionLayer"): _sam,
-    ("timm", "TinyVitBlock"): _tiny_vit,
-    ("sam2", "MultiScaleBlock"): _hiera,
-    ("transformers", "Sam3ViTLayer"): _sam3,
+_KINDS = {
+    ("transformers", "SamVisionLayer"): _Names("attn", ("qkv",), "proj", ("lin1", "lin2")),
+    ("timm", "TinyVitBlock"): _Names("attn", ("qkv",), "proj", ("fc1", "fc2"), norm=True, by_head=True),
+    ("sam2", "MultiScaleBlock"): _Names("attn", ("qkv",), "proj", ("layers.0", "layers.1")),
+    ("transformers", "Sam3ViTLayer"): _Names("attention", ("q_proj", "k_proj", "v_proj"), "o_proj", ("fc1", "fc2")),
 }
 _TWO_WAY = {("transformers", "SamTwoWayAttentionBlock"): True, ("sam2", "TwoWayAttentionBlock"): True}
