@@ -5,7 +5,7 @@ Shapes: B images, Q targets, S the model's input side, h w the decoder's mask si
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -160,12 +160,11 @@ class MedSAMModule(ScoredModule):
         if not batch.masks:  # every sample was damaged and skipped: nothing is learnt, and other ranks do not wait
             return torch.stack([(p * 0).sum() for p in self.parameters() if p.requires_grad]).sum()
         truth = self._truth(batch)
-        answers = self._ask(batch, truth, self.current_epoch)
+        answers = [self._enlarged(answer) for answer in self._ask(batch, truth, self.current_epoch)]
         rounds = [self._losses(answer, truth) for answer in answers]
         losses = {name: torch.stack([part[name] for part in rounds]).mean() for name in rounds[0]}
         with torch.no_grad():
-            side = self.model.preprocessing.image_size
-            dsc, _ = overlap(resize_logits(answers[-1].logits, (side, side)) > 0, truth.masks)
+            dsc, _ = overlap(answers[-1].logits > 0, truth.masks)
         shown = {f"train/{name}": value.detach() for name, value in losses.items()} | {"train/dsc": dsc.mean()}
         self.log_dict(shown, batch_size=len(batch.masks), on_step=True, on_epoch=False)
         return losses["loss"]
@@ -217,12 +216,16 @@ class MedSAMModule(ScoredModule):
         logits, scores = (torch.cat([part[place][:, 0] for part in parts])[back] for place in (0, 1))
         return Answer(asked, logits, scores)
 
-    def _losses(self, answer: Answer, truth: Truth) -> dict[str, Tensor]:
+    def _enlarged(self, answer: Answer) -> Answer:
+        """An answer at the side of the model's input, where the truth is."""
         side = self.model.preprocessing.image_size
-        logits = resize_logits(answer.logits, (side, side))
-        parts = dict(self.loss(logits, truth.masks))
+        return replace(answer, logits=resize_logits(answer.logits, (side, side)))
+
+    def _losses(self, answer: Answer, truth: Truth) -> dict[str, Tensor]:
+        """What an enlarged answer costs, averaged over targets and images."""
+        parts = dict(self.loss(answer.logits, truth.masks))
         if self.score_weight:
-            _, iou = overlap(logits.detach() > 0, truth.masks)
+            _, iou = overlap(answer.logits.detach() > 0, truth.masks)
             parts["score_loss"] = (answer.scores.float() - iou).square()
             parts["loss"] = parts["loss"] + self.score_weight * parts["score_loss"]
         return {name: per_image_mean(value, truth.image_index) for name, value in parts.items()}

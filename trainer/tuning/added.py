@@ -1,4 +1,4 @@
-"""What every method shares that puts parts into a model which stay there: adapters and visual prompts."""
+"""What every method shares that puts parts into a model: they stay there, or a method folds them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class AddedTuning(Tuning):
         self.add(model, blocks)
 
     def merge(self, model: SegmentationModel) -> None:
-        """Say that there is nothing to fold the parts into.
+        """Say that there is nothing to fold the parts into; methods whose parts are linear fold them instead.
 
         Raises:
             UserError: Always.
