@@ -54,6 +54,8 @@ class TripletBatch:
         absent_terms: A clinical terms that were looked for in an image and are not there.
         absent_index: (A,) int64, the image of each absent term.
         frames: Images of one clip; they follow each other. 1 for single images.
+        kinds: Q kinds of targets: ``semantic`` (all of the term in its image) or ``instance`` (one of several).
+        synonyms: For each target the other names of its term.
         skipped: Samples that belong here and could not be read.
     """
 
@@ -71,6 +73,8 @@ class TripletBatch:
     absent_terms: list[str] = field(default_factory=list)
     absent_index: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     frames: int = 1
+    kinds: list[str] = field(default_factory=list)
+    synonyms: list[tuple[str, ...]] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -179,6 +183,8 @@ def collate(items: Sequence[Item], frames: int = 1) -> TripletBatch:
         absent_terms=[term for _, term in absent],
         absent_index=torch.tensor([image for image, _ in absent], dtype=torch.int64),
         frames=frames,
+        kinds=[target.kind for _, _, target in targets],
+        synonyms=[target.synonyms for _, _, target in targets],
         skipped=skipped,
     )
 
