@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -104,13 +104,48 @@ class TripletBatch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        return self._replace(images=[move(image) for image in self.images], masks=[move(mask) for mask in self.masks])
+        return replace(self, images=[move(image) for image in self.images], masks=[move(mask) for mask in self.masks])
 
     def pin_memory(self) -> TripletBatch:
         """Pin what `to` moves."""
-        return self._replace(
-            images=[image.pin_memory() for image in self.images], masks=[mask.pin_memory() for mask in self.masks]
+        images, masks = ([tensor.pin_memory() for tensor in tensors] for tensors in (self.images, self.masks))
+        return replace(self, images=images, masks=masks)
+
+    def by_term(self) -> TripletBatch:
+        """The batch with each term of an image as one target, all of it: image by image, in order of appearance.
+
+        A term's only semantic target is all of it; where there is none, or several, its targets together are. Other
+        masks are not copied, and a batch that is like this already is given back.
+        """
+        rows_of: dict[tuple[int, str], list[int]] = {}
+        for row, who in enumerate(zip(self.image_index.tolist(), self.terms, strict=True)):
+            rows_of.setdefault(who, []).append(row)
+        groups = dict(sorted(rows_of.items(), key=lambda item: item[0][0]))
+        whole = "instance" not in self.kinds
+        if whole and list(groups.values()) == [[row] for row in range(len(self.terms))]:
+            return self
+        images, terms = [image for image, _ in groups], [term for _, term in groups]
+        things: dict[int, dict[str, int]] = {}  # of a clip: a term is the same thing in all of its frames
+        for image, term in groups:
+            here = things.setdefault(image // self.frames, {})
+            here.setdefault(term, len(here))
+        parts = [self._parts_of(rows) for rows in groups.values()]
+        return replace(
+            self,
+            masks=[_union([self.masks[row] for row in rows]) for rows in parts],
+            image_index=torch.tensor(images, dtype=torch.int64),
+            boxes=torch.stack([_around(self.boxes[rows]) for rows in parts]),
+            terms=terms,
+            target_index=[min(self.target_index[row] for row in rows) for rows in groups.values()],
+            objects=[things[image // self.frames][term] for image, term in groups],
+            kinds=["semantic"] * len(groups),
+            synonyms=[self.synonyms[rows[0]] for rows in groups.values()] if self.synonyms else [],
         )
+
+    def _parts_of(self, rows: list[int]) -> list[int]:
+        """Which of a term's targets make up all of it."""
+        wholes = [row for row in rows if not self.kinds or self.kinds[row] == "semantic"]
+        return wholes if len(wholes) == 1 else rows
 
     def __reduce__(self) -> Any:
         # On its way out of a worker each tensor costs a file and a connection, some 0.3 ms of the training's own time:
@@ -119,10 +154,6 @@ class TripletBatch:
         tensors = [*values.pop("images"), *values.pop("masks")]
         small = {name: value.detach().cpu().numpy() for name, value in values.items() if isinstance(value, Tensor)}
         return _unpack, (*_pack(tensors), len(self.images), {**values, **small}, tuple(small))
-
-    def _replace(self, images: list[Tensor], masks: list[Tensor]) -> TripletBatch:
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return TripletBatch(**{**values, "images": images, "masks": masks})
 
 
 @dataclass(frozen=True)
@@ -187,6 +218,22 @@ def collate(items: Sequence[Item], frames: int = 1) -> TripletBatch:
         synonyms=[target.synonyms for _, _, target in targets],
         skipped=skipped,
     )
+
+
+def _union(masks: Sequence[Tensor]) -> Tensor:
+    """Where any of some masks (H, W) is; one alone stays as it is."""
+    first, *others = masks
+    if not others:
+        return first
+    union = first.clone()
+    for mask in others:  # one by one: stacked, a thousand nuclei would take a gigabyte
+        union |= mask
+    return union
+
+
+def _around(boxes: Tensor) -> Tensor:
+    """The box (4,) around boxes (N, 4) as (x0, y0, x1, y1)."""
+    return torch.cat([boxes[:, :2].amin(dim=0), boxes[:, 2:].amax(dim=0)])
 
 
 _Place = tuple[int, torch.dtype, tuple[int, ...]]

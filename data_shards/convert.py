@@ -233,7 +233,7 @@ class _Case:
                 found = self.drawings.find(target, number, window)
             good = [item for item in found if self._is_kept(target, item)]
             self.conversion.dropped[target.term] += len(found) - len(good)
-            if found and not good:
+            if not good and (found or self.drawings.is_unread(target)):
                 unsure.add(target.term)  # it is there: the slice is no negative of it
             kept += [Target.from_mask(item.mask, target.term, tuple(target.synonyms), item.kind) for item in good]
         return kept, unsure

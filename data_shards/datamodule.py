@@ -40,6 +40,10 @@ class TripletDataModule(LightningDataModule):
         kinds: Which targets are used: ``semantic`` (all of a term in one mask), ``instance``, or ``all``.
         only_with_targets: Train on the samples that have a target of these kinds, and leave out the others.
         negatives_per_image: Terms drawn from those that were looked for in a training image and are not there.
+        hard_negatives: Draw first from those of these terms that other images of the same modality have, so that only
+            the image itself tells; then from the rest.
+        evaluated_negatives: As `negatives_per_image`, for every image of validation, test and predict: the same terms
+            each time, so that what is found of them can be counted.
         clip_length: Neighbouring slices in a training sample, for video models; 1 takes single images.
         clip_step: From one slice of a clip to the next; 2 leaves out every other.
         on_damage: What a damaged sample is: ``error`` ends the run, ``skip`` goes on without it, and reports it.
@@ -62,6 +66,8 @@ class TripletDataModule(LightningDataModule):
         kinds: Kinds = "all",
         only_with_targets: bool = False,
         negatives_per_image: int = 0,
+        hard_negatives: bool = False,
+        evaluated_negatives: int = 0,
         clip_length: int = 1,
         clip_step: int = 1,
         on_damage: OnDamage = "error",
@@ -81,6 +87,10 @@ class TripletDataModule(LightningDataModule):
                 f"negatives_per_image {negatives_per_image} is 0 or more, clip_length {clip_length} and clip_step "
                 f"{clip_step} are 1 or more"
             )
+        if evaluated_negatives < 0:
+            raise UserError(f"evaluated_negatives {evaluated_negatives}: 0 or more")
+        if hard_negatives and not (negatives_per_image or evaluated_negatives):
+            raise UserError("hard_negatives says which are drawn: set negatives_per_image or evaluated_negatives too")
         if clip_length > 1 and kinds == "instance":
             raise UserError("kinds instance: clips follow semantic targets; shards do not say which instance is which")
         if not 0 <= max_damaged <= 1:
@@ -90,6 +100,7 @@ class TripletDataModule(LightningDataModule):
         self.targets_per_image, self.num_workers, self.seed = targets_per_image, num_workers, run_seed(seed)
         self.sampling, self.kinds, self.only_with_targets = sampling, kinds, only_with_targets
         self.negatives_per_image, self.clip_length, self.clip_step = negatives_per_image, clip_length, clip_step
+        self.hard_negatives, self.evaluated_negatives = hard_negatives, evaluated_negatives
         self.on_damage, self.max_damaged = on_damage, max_damaged
         self.cache, self.cache_gb = cache, cache_gb
         self.shards: dict[str, ShardDataset] = {}
@@ -150,11 +161,12 @@ class TripletDataModule(LightningDataModule):
         """Loader in the epoch's global order, resumable."""
         shards = self.shards["train"]
         draw = (self.targets_per_image, self.seed)
+        negatives, hard = self.negatives_per_image, self.hard_negatives
         if self.clip_length > 1:
             clips = (self.clip_length, self.clip_step)
-            view: SampleView = ClipView(shards, *clips, *draw, self.negatives_per_image, self.on_damage)
+            view: SampleView = ClipView(shards, *clips, *draw, negatives, self.on_damage, hard)
         else:
-            view = SampleView(shards, *draw, self.kinds, self.negatives_per_image, self.on_damage)
+            view = SampleView(shards, *draw, self.kinds, negatives, self.on_damage, hard)
         loader = self._loader("train", view, self._train_sampler(), shards.index.sha256)
         loader.steps_per_epoch = self.steps_per_epoch
         return loader
@@ -254,7 +266,8 @@ class TripletDataModule(LightningDataModule):
 
     def _evaluation(self, split: str) -> TripletLoader:
         shards = self.shards[split]
-        view = SampleView(shards, kinds=self.kinds, on_damage=self.on_damage)
+        draw = (None, self.seed, self.kinds, self.evaluated_negatives)
+        view = SampleView(shards, *draw, self.on_damage, self.hard_negatives)
         return self._loader(split, view, EvenSampler(len(shards), self.micro_batch_size, *self._rank()))
 
     def _loader(

@@ -105,6 +105,12 @@ class Drawings:
             _selects(target, layer) for drawing in drawings for layer in drawing.layers
         )
 
+    def is_unread(self, target: TargetSpec) -> bool:
+        """Whether something of a target was drawn over the case and left out in reading."""
+        drawings = self._parts.get(target.mask or "", ())
+        left_out = [item for drawing in drawings for item in drawing.unread]
+        return any(_selects(target, Layer(_NOTHING, name=name, number=number)) for name, number in left_out)
+
     def check(self, target: TargetSpec) -> None:
         """Check that what a target asks for can mean something.
 

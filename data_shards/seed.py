@@ -9,7 +9,18 @@ import numpy as np
 
 from data_shards.errors import UserError
 
-Purpose = Literal["negatives", "sampling", "repeats", "mixture", "box_noise", "points", "rough_masks", "clicks"]
+Purpose = Literal[
+    "negatives",
+    "sampling",
+    "repeats",
+    "mixture",
+    "box_noise",
+    "points",
+    "rough_masks",
+    "clicks",
+    "exemplars",
+    "wording",
+]
 _TAGS: dict[Purpose, int] = {
     "negatives": 0x6E656761,
     "sampling": 0x73616D70,
@@ -19,6 +30,8 @@ _TAGS: dict[Purpose, int] = {
     "points": 0x706F696E,
     "rough_masks": 0x726F7567,
     "clicks": 0x636C6963,
+    "exemplars": 0x6578656D,
+    "wording": 0x776F7264,
 }
 """Set streams apart from each other, and from those of orders, targets and boxes, which begin with (seed, epoch)."""
 

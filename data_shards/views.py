@@ -33,6 +33,8 @@ class SampleView(Dataset[Item]):
         kinds: Which targets are drawn from: ``semantic`` (all of a term in one mask), ``instance``, or ``all``.
         negatives_per_image: How many terms are drawn from those that were looked for in an image and are not there.
         on_damage: What a damaged sample is: an ``error``, or one to ``skip`` and to report.
+        hard_negatives: Draw first from those of these terms that other images of the same modality have, and only then
+            from the rest: only the image itself tells that they are not there.
     """
 
     frames = 1
@@ -45,9 +47,11 @@ class SampleView(Dataset[Item]):
         kinds: Kinds = "all",
         negatives_per_image: int = 0,
         on_damage: OnDamage = "error",
+        hard_negatives: bool = False,
     ) -> None:
         self.shards, self.targets_per_image, self.seed = shards, targets_per_image, seed
         self.kinds, self.negatives_per_image, self.on_damage = kinds, negatives_per_image, on_damage
+        self._shown = terms_shown(shards.index) if hard_negatives and negatives_per_image else None
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -95,9 +99,17 @@ class SampleView(Dataset[Item]):
         there = {target.term for triplet in triplets for target in triplet.targets}
         everywhere = set.intersection(*({*triplet.looked_for} for triplet in triplets))
         absent = [term for term in dict.fromkeys(triplets[0].looked_for) if term in everywhere - there]
-        count = min(self.negatives_per_image, len(absent))
-        chosen = stream(self.seed, "negatives", *draw).choice(len(absent), size=count, replace=False) if count else ()
-        return tuple(absent[index] for index in sorted(int(index) for index in chosen))
+        groups = [list(range(len(absent)))]
+        if self._shown is not None:
+            shown = self._shown[int(self.shards.index.modality[draw.position])]
+            groups = [[n for n in groups[0] if (absent[n] in shown) == hard] for hard in (True, False)]
+        generator = stream(self.seed, "negatives", *draw)
+        chosen: list[int] = []
+        for group in groups:
+            count = min(self.negatives_per_image - len(chosen), len(group))
+            drawn = generator.choice(len(group), size=count, replace=False).tolist() if count else ()
+            chosen += [group[number] for number in drawn]
+        return tuple(absent[number] for number in sorted(chosen))
 
 
 class ClipView(SampleView):
@@ -114,6 +126,7 @@ class ClipView(SampleView):
         seed: Seed of the draw.
         negatives_per_image: Terms drawn from those that were looked for in all slices and are in none.
         on_damage: What a clip with a damaged slice is: an ``error``, or one to ``skip`` and to report.
+        hard_negatives: Draw first from those of these terms that other images of the same modality have.
     """
 
     def __init__(
@@ -125,8 +138,9 @@ class ClipView(SampleView):
         seed: int = 0,
         negatives_per_image: int = 0,
         on_damage: OnDamage = "error",
+        hard_negatives: bool = False,
     ) -> None:
-        super().__init__(shards, targets_per_image, seed, "semantic", negatives_per_image, on_damage)
+        super().__init__(shards, targets_per_image, seed, "semantic", negatives_per_image, on_damage, hard_negatives)
         self.frames, self.step = frames, step
 
     def _read(self, draw: Draw) -> tuple[Sample, ...]:
@@ -161,6 +175,13 @@ def clip(index: Index, position: int, frames: int, step: int) -> list[int]:
         if (number + 1) % step == 0:
             places.append(position)
     return places
+
+
+def terms_shown(index: Index) -> list[frozenset[str]]:
+    """Return for each modality of a corpus the terms that any image of it has a target of."""
+    shown = np.zeros((len(index.modalities), len(index.terms)), bool)
+    shown[np.repeat(index.modality, np.diff(index.target_start)), index.target_term] = True
+    return [frozenset(index.terms[row].tolist()) for row in shown]
 
 
 def with_target(index: Index, kinds: Kinds) -> np.ndarray:

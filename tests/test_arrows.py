@@ -18,9 +18,11 @@ TRAINER_LAYERS = (
     ("trainer.callbacks",),
     ("trainer.restore",),
     ("trainer.modules",),
-    ("trainer.tuning",),
+    ("trainer.tuning", "trainer.volumes"),
     ("trainer.models",),
-    ("trainer.losses", "trainer.metrics", "trainer.prompts", "trainer.ranks", "trainer.report", "trainer.recipe"),
+    ("trainer.prompts",),
+    ("trainer.losses", "trainer.metrics", "trainer.ranks", "trainer.report", "trainer.recipe"),
+    ("trainer.presence",),
     ("trainer.run", "trainer.scores", "trainer.quiet"),
     ("trainer",),
 )

@@ -18,6 +18,7 @@ def quieten() -> None:
         ".*module\\(s\\) in eval mode.*",  # frozen batch-norm statistics are meant
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*torch.jit.*deprecated.*",
+        ".*overridden `on_after_batch_transfer` in `LightningModule`.*",  # meant: each hook has one owner
         ".*callbacks used to create the checkpoint need to be provided.*",  # another monitor, say: harmless
     ):
         warnings.filterwarnings("ignore", noise)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from trainer.models.weights import mismatch
-from trainer.modules import MedSAMModule
+from trainer.modules.tuned import TunedModule
 from trainer.recipe import check_recipe
 from trainer.run import Run
 
@@ -23,7 +23,7 @@ Weights = Literal["average", "raw"]
 """Which weights of a checkpoint that has an average."""
 
 
-def restore(run: Run, checkpoint: Path | None = None, weights: Weights | None = None) -> MedSAMModule:
+def restore(run: Run, checkpoint: Path | None = None, weights: Weights | None = None) -> TunedModule:
     """Rebuild a run's module from its recipe and load a checkpoint of it, every key of it.
 
     The pretrained weights that the recipe names are not read: the checkpoint replaces all of them.
@@ -133,7 +133,7 @@ def recipe_of(run: Run) -> dict[str, Any]:
     return content
 
 
-def build(node: Mapping[str, Any], where: str) -> MedSAMModule:
+def build(node: Mapping[str, Any], where: str) -> TunedModule:
     """Make a recipe's module without reading the pretrained weights that it names.
 
     Args:
@@ -144,8 +144,8 @@ def build(node: Mapping[str, Any], where: str) -> MedSAMModule:
         UserError: A class does not take its arguments.
     """
     model = without_weights(node["init_args"]["model"])
-    module: MedSAMModule = instantiate(
-        {**node, "init_args": {**node["init_args"], "model": model}}, MedSAMModule, where
+    module: TunedModule = instantiate(
+        {**node, "init_args": {**node["init_args"], "model": model}}, TunedModule, where
     )
     return module
 

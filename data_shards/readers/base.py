@@ -109,12 +109,14 @@ class Drawing:
             among the layers counts as looked for: a region set lists what somebody drew, not what they searched.
         volume: The label map that it was read from, to compare its grid with the image's; None if it has no grid.
         names: Every name and number that the file knows, drawn here or not; None where it has no such list.
+        unread: Name and number of each drawing here that is left out on request: no negative, though nothing is read.
     """
 
     layers: tuple[Layer, ...]
     complete: bool = True
     volume: Volume | None = None
     names: tuple[tuple[str, int], ...] | None = None
+    unread: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ def read_coco(
     Args:
         path: The file.
         ground: The image; its path must end in what the file calls it.
-        crowd: Whether annotations of many things at once (``iscrowd``) are kept.
+        crowd: Whether annotations of many things at once (``iscrowd``) are kept. An image of which one is dropped, with
+            nothing else of its category, is no negative of it.
         unlisted: What an image means that is not in the file: a mistake, or that nothing was found in it.
         match: Whether folders in the file's names of images must be the image's own, or only the names count.
 
@@ -80,17 +81,18 @@ def read_coco(
             f"{path}: states {show(stated[1])} x {show(stated[0])} pixels for '{image['file_name']}', but "
             f"{ground.path} has {size[1]} x {size[0]}: its annotations are of another version of the image"
         )
-    layers = []
+    layers, unread = [], []
     for record in content.annotations.get(image["id"], []):
         where = f"{path}: annotation {show(record.get('id'))} of '{image['file_name']}'"
-        if record.get("iscrowd") and crowd == "drop":
-            continue
         number = record.get("category_id")
         if type(number) is not int or number not in content.categories:
             raise UserError(f"{where}: its category {show(number)} is not among the categories of the file")
+        if record.get("iscrowd") and crowd == "drop":
+            unread.append((content.categories[number], number))
+            continue
         values, origin = _cropped(_runs(where, record.get("segmentation"), size), size[0])
         layers.append(Layer(values, origin, content.categories[number], number))
-    return Drawing(tuple(layers), names=names)
+    return Drawing(tuple(layers), names=names, unread=tuple(unread))
 
 
 @functools.lru_cache(maxsize=4)

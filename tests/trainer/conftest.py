@@ -11,8 +11,10 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
+from data_shards.build import build
 from trainer.models import LiteMedSAM
 
 
@@ -57,3 +59,39 @@ def real_slice(template: np.ndarray) -> Callable[[str], Tensor]:
         return torch.from_numpy(volume[len(volume) // 2].copy())[None]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def shape_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of slices with a bright disc, a dark square, or both: 10 to train on, 5 to validate, 5 to test, 48 × 40."""
+    folder = tmp_path_factory.mktemp("shapes")
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:48, :40]
+    labels = np.zeros((20, 48, 40), np.uint8)
+    for z in range(20):
+        if z % 4 != 1:
+            labels[z][(rows - 14 - z % 3) ** 2 + (columns - 12) ** 2 < 49] = 1
+        if z % 4 != 2:
+            labels[z, 28:42, 20 + z % 3 : 34] = 2
+    image = rng.normal(120, 5, labels.shape) + 90 * (labels == 1) - 90 * (labels == 2)
+    for number, part in enumerate(np.split(np.arange(20), [10, 15])):
+        for name, array in (("image", image.clip(0, 255).astype(np.uint8)), ("mask", labels)):
+            affine = np.diag([-1.0, -1.0, 2.0, 1.0])
+            nibabel.save(nibabel.Nifti1Image(array[part].transpose(2, 1, 0), affine), folder / f"{name}{number}.nii.gz")
+    splits = ("train", "val", "test")
+    spec = {
+        "dataset": "shapes",
+        "modality": "MR",
+        "cases": [
+            {"image": f"image{n}.nii.gz", "mask": f"mask{n}.nii.gz", "patient": f"p{n}", "split": split}
+            for n, split in enumerate(splits)
+        ],
+        "targets": [{"term": "disc", "synonyms": ["round thing"], "value": 1}, {"term": "square", "value": 2}],
+        "intensity": {"kind": "none"},
+        "split": {"kind": "explicit"},
+        "licence": "none",
+        "cite": "nobody",
+    }
+    (folder / "shapes.yaml").write_text(yaml.safe_dump(spec))
+    build(folder / "shapes.yaml", folder / "shards", root=folder)
+    return folder / "shards"

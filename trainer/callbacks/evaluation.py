@@ -10,11 +10,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data_shards.batch import TripletBatch
 from data_shards.errors import UserError, counted
+from data_shards.splits import EXTERNAL
 from trainer.callbacks.ema import scored_weights
 from trainer.callbacks.panels import PanelKeeper, spread_samples
 from trainer.callbacks.record import describe_data
-from trainer.modules.medsam import MedSAMModule
 from trainer.modules.scoring import Prediction
+from trainer.modules.tuned import TunedModule
+from trainer.presence import TermAnswer, record_answers
 from trainer.ranks import every_rank
 from trainer.report.panels import save_panels
 from trainer.restore import read_checkpoint
@@ -29,8 +31,12 @@ class EvaluationRecord(Callback):
     ``evaluation.json`` says what was scored: the checkpoint, its step and which of its weights (raw, or their average),
     the split and the hash of its index.
 
+    Of a model that is asked by text, ``presence.csv`` has a row for each term that an image was asked for, and
+    ``presence.json`` says how often terms were found where they are, and where they are not.
+
     Args:
-        name: The evaluation's name; by default ``untouched`` without a checkpoint and ``tuned`` with one.
+        name: The evaluation's name; by default ``untouched`` without a checkpoint and ``tuned`` with one. For an
+            external set the folder's name follows, as in ``tuned-external-busi``, so that the report can pair them.
         panels: How many targets are kept as pictures, evenly spread over the split: the same ones in every evaluation.
     """
 
@@ -55,8 +61,9 @@ class EvaluationRecord(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the tables and the pictures."""
-        assert isinstance(pl_module, MedSAMModule)
+        assert isinstance(pl_module, TunedModule)
         scores, kept = pl_module.gathered_scores(), self._keeper.gathered()
+        answers: list[TermAnswer] = getattr(pl_module, "gathered_answers", list)()  # of modules that are asked in words
         skipped = {key: reason for part in every_rank(self._skipped) for key, reason in sorted(part.items())}
         if not trainer.is_global_zero:
             return
@@ -65,6 +72,7 @@ class EvaluationRecord(Callback):
         write_spreads(folder / "summary.csv", scores)
         described = describe_evaluation(trainer, pl_module, folder.name, scores)
         write_json(folder / "evaluation.json", {**described, "skipped": skipped})
+        record_answers(folder, answers, getattr(pl_module, "threshold", 0.5))
         if skipped:
             what = counted(len(skipped), "damaged sample was", "damaged samples were")
             print(f"{what} not scored: {folder / 'evaluation.json'} names them")
@@ -75,13 +83,20 @@ class EvaluationRecord(Callback):
 def evaluation_folder(trainer: Trainer) -> Path:
     """Where the evaluation that is running is recorded: as its `EvaluationRecord` names it."""
     named = [callback.name for callback in trainer.callbacks if isinstance(callback, EvaluationRecord)]
-    name = next(filter(None, named), None) or ("tuned" if trainer.ckpt_path else "untouched")
+    name = next(filter(None, named), None) or _default_name(trainer)
     if trainer.num_test_batches[0] < len(trainer.test_dataloaders):
         name += "-partial"  # limit_test_batches: never in the place of a whole one
     return Run(trainer.default_root_dir).evaluation(name)
 
 
-def describe_evaluation(trainer: Trainer, module: MedSAMModule, name: str, scores: list[CaseScore]) -> dict[str, Any]:
+def _default_name(trainer: Trainer) -> str:
+    name = "tuned" if trainer.ckpt_path else "untouched"
+    folder = Path(str(trainer.datamodule.folders["test"]))
+    external = next((one for one in (folder.name, folder.resolve().name) if one.startswith(EXTERNAL)), None)
+    return f"{name}-{re.sub(r'[^A-Za-z0-9_-]', '_', external)}" if external else name
+
+
+def describe_evaluation(trainer: Trainer, module: TunedModule, name: str, scores: list[CaseScore]) -> dict[str, Any]:
     """What was scored, on what data."""
     checkpoint = trainer.ckpt_path
     step: int | None = 0
@@ -95,6 +110,6 @@ def describe_evaluation(trainer: Trainer, module: MedSAMModule, name: str, score
         "data": describe_data(trainer.datamodule),
         "targets": len(scores),
         "preprocessing": module.model.preprocessing.to_dict(),
-        "prompts": module.prompts.describe(),
+        "prompts": module.describe_prompts(),
         "precision": str(trainer.precision),
     }

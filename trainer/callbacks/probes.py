@@ -5,8 +5,10 @@ Shapes: Q targets, N shifts.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from math import inf
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,11 +26,75 @@ from trainer.prompts.boxes import push
 from trainer.ranks import every_rank
 from trainer.run import write_json
 
+R = TypeVar("R")
+
 SIDE = 1024
 """Pixels of the input side that shifts are given at, MedSAM's."""
 
 
-class BoxJitterProbe(Callback):
+class SampleProbe(Callback, ABC, Generic[R]):
+    """Asks a model more about some samples of ``trainer test``; what is asked is a probe's own business.
+
+    Args:
+        samples: How many samples are probed, evenly spread over the split, with all of their targets.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self._chosen: set[int] = set()
+        self._found: dict[tuple[int, int], R] = {}
+
+    @abstractmethod
+    def probe(self, module: LightningModule, batch: TripletBatch, image: int) -> dict[tuple[int, int], R]:
+        """Probe one image of a batch: what is found, by (sample position, number in the sample)."""
+
+    @abstractmethod
+    def record(self, folder: Path, found: dict[tuple[int, int], R]) -> None:
+        """Write what all ranks found, at least something, into the evaluation's folder."""
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the samples.
+
+        Raises:
+            UserError: The model lies in shards, which only all ranks together can decode with.
+        """
+        refuse_shards(trainer, type(self).__name__, "probes its own samples")
+        batches = trainer.num_test_batches[0]
+        self._chosen = set(spread_samples(trainer.test_dataloaders, batches, self.samples))
+        self._found = {}
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TripletBatch, batch_idx: int
+    ) -> None:
+        """Probe the batch's chosen samples."""
+        images = [image for image, position in enumerate(batch.positions) if position in self._chosen]
+        with torch.no_grad(), trainer.precision_plugin.test_step_context():
+            for image in images:
+                self._found |= self.probe(pl_module, batch, image)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what was found."""
+        found = {place: result for part in every_rank(self._found) for place, result in part.items()}
+        if trainer.is_global_zero and found:
+            self.record(evaluation_folder(trainer), {place: found[place] for place in sorted(found)})
+
+
+def refuse_shards(trainer: Trainer, name: str, why: str) -> None:
+    """Refuse a model that lies in shards, where each rank works on its own.
+
+    Args:
+        trainer: The trainer.
+        name: Of the callback.
+        why: What each rank does.
+
+    Raises:
+        UserError: It does.
+    """
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+        raise UserError(f"{name}: each rank {why}: set trainer.strategy to ddp or devices to 1")
+
+
+class BoxJitterProbe(SampleProbe[list[float]]):
     """Scores some targets of ``trainer test`` with boxes that are too large and too small, into ``jitter.json``.
 
     Every side of the tight box is pushed outwards, and then inwards, by so many pixels. Each image is encoded once for
@@ -45,42 +111,17 @@ class BoxJitterProbe(Callback):
             raise UserError(
                 f"BoxJitterProbe: shifts are 0 or more, not {list(shifts)}; samples 1 or more, not {samples}"
             )
+        super().__init__(samples)
         self.shifts = tuple(sorted({way * shift + 0.0 for shift in shifts for way in (-1, 1)}))
-        self.samples = samples
-        self._chosen: set[int] = set()
-        self._found: dict[tuple[int, int], list[float]] = {}
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the samples.
+    def probe(self, module: LightningModule, batch: TripletBatch, image: int) -> dict[tuple[int, int], list[float]]:
+        """DSC of each target of one image at each shift."""
+        assert isinstance(module.model, SegmentationModel)
+        return probe(module.model, batch, image, self.shifts, module.device)
 
-        Raises:
-            UserError: The model lies in shards, which only all ranks together can decode with.
-        """
-        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
-            raise UserError(
-                "BoxJitterProbe: each rank probes its own samples: set trainer.strategy to ddp or devices to 1"
-            )
-        batches = trainer.num_test_batches[0]
-        self._chosen = set(spread_samples(trainer.test_dataloaders, batches, self.samples))
-        self._found = {}
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TripletBatch, batch_idx: int
-    ) -> None:
-        """Probe the batch's chosen samples."""
-        model = pl_module.model
-        assert isinstance(model, SegmentationModel)
-        images = [image for image, position in enumerate(batch.positions) if position in self._chosen]
-        with torch.no_grad(), trainer.precision_plugin.test_step_context():
-            for image in images:
-                self._found |= probe(model, batch, image, self.shifts, pl_module.device)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def record(self, folder: Path, found: dict[tuple[int, int], list[float]]) -> None:
         """Write the curve."""
-        found = {target: row for part in every_rank(self._found) for target, row in part.items()}
-        if not trainer.is_global_zero or not found:
-            return
-        dsc = np.array([found[target] for target in sorted(found)])
+        dsc = np.array(list(found.values()))
         q1, median, q3 = np.percentile(dsc, [25, 50, 75], axis=0)
         columns = {"mean": dsc.mean(axis=0), "q1": q1, "median": median, "q3": q3}
         content = {
@@ -90,7 +131,7 @@ class BoxJitterProbe(Callback):
             "shifts": list(self.shifts),
             "dsc": {name: [round(float(value), 6) for value in values] for name, values in columns.items()},
         }
-        write_json(evaluation_folder(trainer) / "jitter.json", content)
+        write_json(folder / "jitter.json", content)
 
 
 def probe(

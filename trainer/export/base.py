@@ -1,20 +1,42 @@
 """What every export offers to the gate.
 
-Shapes: Q prompts, S the consumer's input side, C channels.
+Shapes: Q prompts, S the consumer's input side, C channels; P texts, N object queries, h w the side of their masks.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
+from data_shards.errors import UserError
 from trainer.models import SegmentationModel
 
-ConsumerModel = Callable[[Tensor, Tensor], Tensor]
-"""The consumer's own model: image (1, C, S, S) and boxes (Q, 4) in its pixels → mask logits (Q, S, S)."""
+BoxConsumer = Callable[[Tensor, Tensor], Tensor]
+"""A consumer's own model: image (1, C, S, S) and boxes (Q, 4) in its pixels → mask logits (Q, S, S)."""
+
+
+@dataclass(frozen=True)
+class TextAnswer:
+    """What a consumer's own model finds of some texts in an image.
+
+    Attributes:
+        confidence: (P, N) confidence of each query, in [0, 1].
+        boxes: (P, N, 4) as (cx, cy, w, h), shares of the input's side.
+        masks: (P, N, h, w) logits.
+    """
+
+    confidence: Tensor
+    boxes: Tensor
+    masks: Tensor
+
+
+TextConsumer = Callable[[Tensor, Sequence[str]], TextAnswer]
+"""A consumer's own model: image (1, C, S, S) and P texts → what it finds."""
 
 
 class Exporter(ABC):
@@ -26,24 +48,45 @@ class Exporter(ABC):
     """How the file's name ends."""
     package: str
     """The consumer's distribution."""
+    also: tuple[str, ...] = ()
+    """Other distributions that the gate needs."""
     requirement: str
     """What to install for the gate."""
     image_size: int
     """Input side S in pixels that the consumer runs at."""
+    asks: Literal["boxes", "texts"] = "boxes"
+    """What the consumer is asked with."""
+    samples: int = 8
+    """Images that the gate compares on, unless told otherwise."""
     notes: tuple[str, ...] = ()
     """What a user of the consumer should know."""
 
+    def based_on(self, checkpoint: Path) -> Exporter:
+        """The export that takes what our model does not have from a checkpoint in the consumer's layout.
+
+        Raises:
+            UserError: The format has nothing that our model does not have, or there is no such checkpoint.
+        """
+        raise UserError(f"--base {checkpoint}: '{self.name}' takes everything from the run: leave --base out")
+
     @abstractmethod
     def accepts(self, model: SegmentationModel) -> bool:
-        """Whether the format can hold this model."""
+        """Whether the format can hold this model.
+
+        Raises:
+            UserError: It could, but for its sizes.
+        """
 
     @abstractmethod
     def write(self, model: SegmentationModel, path: Path) -> None:
         """Write the file; adapters have been merged."""
 
     @abstractmethod
-    def load(self, path: Path) -> ConsumerModel:
+    def load(self, path: Path) -> BoxConsumer | TextConsumer:
         """Load the file with the consumer's own code, strictly.
+
+        Returns:
+            A consumer of what `asks` says.
 
         Raises:
             ImportError: The consumer is not installed.

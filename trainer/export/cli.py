@@ -11,7 +11,7 @@ from typing import Any
 
 from data_shards.errors import CommandParser, UserError, nearest
 from trainer.export import EXPORTERS, Exporter
-from trainer.export.gate import TOLERANCE, Verdict, compare, real_samples, require_consumer
+from trainer.export.gate import Verdict, compare, real_samples, require_consumer
 from trainer.models.weights import sha256_of
 from trainer.restore import Weights, find_checkpoint, recipe_of, restore
 from trainer.run import Run, write_json
@@ -22,6 +22,7 @@ it, and its logits are compared with ours on real images. Only an export that pa
 
   trainer export runs/quickstart --to litemedsam --out brain.pth
   trainer export runs/liver --to medsam --out liver.pth        for segment-anything and MedSAM's own scripts
+  trainer export runs/terms --to sam3 --base sam3.pt --out terms.pt       for Meta's SAM3, with its tracker for videos
 
 What is linear (LoRA, SAMed, FacT, SSF) is merged first; adapters and visual prompts have no place in these formats.
 Beside the file lie FILE.preprocessing.json (what the weights expect of an image) and FILE.export.json (what the gate
@@ -43,10 +44,13 @@ def export_command(arguments: list[str]) -> int:
     run, out = Run.existing(values.run), Path(values.out)
     if out.suffix != exporter.suffix:
         raise UserError(f"--out {out}: a file for '{exporter.name}' ends in {exporter.suffix}")
-    if values.samples < 1:
-        raise UserError(f"--samples {values.samples}: the gate needs 1 image or more")
+    if values.base:
+        exporter = exporter.based_on(Path(values.base))
+    samples = exporter.samples if values.samples is None else values.samples
+    if samples < 1:
+        raise UserError(f"--samples {samples}: the gate needs 1 image or more")
     checkpoint = find_checkpoint(values.checkpoint, run) if values.checkpoint else None
-    record = export(run, exporter, out, checkpoint, values.images, values.samples, values.unverified, values.weights)
+    record = export(run, exporter, out, checkpoint, values.images, samples, values.unverified, values.weights)
     _print(record)
     run.add_stage("export", time.perf_counter() - started)
     return 0
@@ -92,11 +96,12 @@ def export(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         exporter.write(module.model, partial)
-        verdict = None if unverified else compare(exporter, partial, module.model, batches)
+        wording = getattr(module, "wording", None)
+        verdict = None if unverified else compare(exporter, partial, module.model, batches, wording)
         if verdict is not None and not verdict.verified:
             raise UserError(
-                f"export to '{exporter.name}' failed: logits differ by {verdict.max_logit_difference:.2g} from the "
-                f"consumer's, more than {TOLERANCE:g}; nothing was written"
+                f"export to '{exporter.name}' failed: {verdict.worst} differ by {verdict.difference:.2g} from the "
+                f"consumer's, more than {verdict.tolerance:g}; nothing was written"
             )
         record = _record(exporter, out, sha256_of(partial), verdict, module.model.preprocessing.image_size)
         preprocessing = module.model.preprocessing.to_dict()
@@ -124,7 +129,8 @@ def _parser() -> CommandParser:
         help="which, of a checkpoint that has an average (trainer.callbacks.EMA): that by default",
     )
     parser.add_argument("--images", metavar="FOLDER", help="shards for the gate (default: the run's test split)")
-    parser.add_argument("--samples", type=int, default=8, metavar="N", help="images for the gate (default: 8)")
+    parser.add_argument("--samples", type=int, metavar="N", help="images for the gate (default: 8; 2 for sam3)")
+    parser.add_argument("--base", metavar="FILE", help="sam3: Meta's sam3.pt, whose tracker goes into the file too")
     parser.add_argument("--unverified", action="store_true", help="write without the gate; the record says so")
     return parser
 
@@ -152,4 +158,6 @@ def _print(record: Mapping[str, Any]) -> None:
         f"verified: {record['consumer']} {record['consumer_version']} loads {record['file']}; "
         f"logits differ by at most {record['max_logit_difference']:.1e} on {record['samples']} images"
     )
+    if record["max_confidence_difference"] is not None:
+        print(f"confidences and boxes differ by at most {record['max_confidence_difference']:.1e}")
     print(f"DSC there {record['dsc_consumer']:.3f} at {record['image_size']} px, in the run {record['dsc_run']:.3f}")

@@ -1,14 +1,16 @@
 """The gate: an export is verified when the consumer's own code loads it and agrees on real images.
 
-Shapes: Q prompts of one image, S the consumer's input side.
+Shapes: Q prompts of one image, S the consumer's input side; P texts asked about an image, N object queries.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +19,17 @@ from torch import Tensor
 from data_shards.batch import Sample, TripletBatch, collate
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
-from trainer.export.base import Exporter
+from trainer.export.base import BoxConsumer, Exporter, TextAnswer, TextConsumer
 from trainer.metrics import overlap
-from trainer.models import SegmentationModel
+from trainer.models import SAM3, SegmentationModel
 from trainer.prompts import Prompts
+from trainer.prompts.concepts import ConceptPrompts, concepts_of
+from trainer.prompts.wording import Wording
 
 TOLERANCE = 1e-3
-"""Largest difference of a logit in fp32 between our model and the consumer's."""
+"""Largest difference in fp32 between our model's answers and the consumer's; `Verdict` says of what."""
+TERMS = 8
+"""Terms of an image that a consumer of texts is asked for, at most."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,15 @@ class Verdict:
     Attributes:
         verified: Whether every logit agreed.
         consumer: The consumer's distribution and version.
-        max_logit_difference: Largest difference over all pixels of all samples.
+        max_logit_difference: Largest difference over all pixels of all samples. Where texts are asked, that of each
+            text's most confident query, as a share of its largest logit if that is above 1: such logits are sums over
+            hundreds of channels and reach the tens, and their rounding grows with them.
         samples: Real images compared.
         image_size: Input side of the comparison, the consumer's.
         dsc_run: Mean DSC of our model at the side it was trained at, on these samples.
         dsc_consumer: Mean DSC of the consumer's model at its own side, on these samples.
+        max_confidence_difference: Where texts are asked, largest difference of any query's confidence, or of the most
+            confident one's box in shares of the image's side.
     """
 
     verified: bool
@@ -49,6 +59,30 @@ class Verdict:
     image_size: int
     dsc_run: float
     dsc_consumer: float
+    max_confidence_difference: float | None = None
+
+    @property
+    def worst(self) -> str:
+        """What differs most; what is not a number differs more than anything."""
+        logits, confidence = self.max_logit_difference, self.max_confidence_difference
+        return "logits" if confidence is None or logits > confidence or math.isnan(logits) else "confidences"
+
+    @property
+    def difference(self) -> float:
+        """How much that differs."""
+        if self.worst == "logits" or self.max_confidence_difference is None:
+            return self.max_logit_difference
+        return self.max_confidence_difference
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One image: the largest differences, and DSC (Q,) of ours at its own side and of the consumer's."""
+
+    logits: Tensor
+    ours: Tensor
+    theirs: Tensor
+    confidence: Tensor | None = None
 
 
 def require_consumer(exporter: Exporter) -> str:
@@ -58,6 +92,8 @@ def require_consumer(exporter: Exporter) -> str:
         UserError: It is not installed.
     """
     try:
+        for package in exporter.also:
+            importlib.metadata.version(package)
         return importlib.metadata.version(exporter.package)
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
@@ -90,7 +126,13 @@ def real_samples(folder: str | None, count: int) -> list[TripletBatch]:
 
 
 @torch.no_grad()
-def compare(exporter: Exporter, path: Path, model: SegmentationModel, samples: Sequence[TripletBatch]) -> Verdict:
+def compare(
+    exporter: Exporter,
+    path: Path,
+    model: SegmentationModel,
+    samples: Sequence[TripletBatch],
+    wording: Wording | None = None,
+) -> Verdict:
     """Load an export with its consumer and compare logits, on the CPU in fp32.
 
     Args:
@@ -98,38 +140,91 @@ def compare(exporter: Exporter, path: Path, model: SegmentationModel, samples: S
         path: The exported file.
         model: Our model, adapters merged, in evaluation mode.
         samples: Real images with targets.
+        wording: What a concept is called, for a consumer that is asked with texts; its term by default.
 
     Raises:
         UserError: The consumer cannot load the file.
     """
     version = require_consumer(exporter)
     try:
-        consumer = exporter.load(path)
+        consumer: Any = exporter.load(path)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"export to '{exporter.name}' failed: {exporter.package} cannot load it ({reason})") from error
-    there = model.at_size(exporter.image_size)
-    gaps: list[Tensor] = []
-    ours: list[Tensor] = []
-    theirs: list[Tensor] = []
-    for batch in samples:
-        images, boxes = there.preprocessing.images(batch.images), there.preprocessing.boxes(batch.boxes, batch.sizes)[0]
-        found = consumer(images, boxes)
-        gaps.append((found - _logits(there, batch)).abs().max())
-        ours.append(_dsc(model, batch, _logits(model, batch)))
-        theirs.append(_dsc(there, batch, found))
-    difference = float(torch.stack(gaps).max())  # NaN if any is, and NaN is not verified
-    return Verdict(
-        verified=difference <= TOLERANCE,
+    same = model.preprocessing.image_size == exporter.image_size
+    there = model if same else model.at_size(exporter.image_size)
+    if exporter.asks == "texts":
+        found = [_ask_texts(consumer, model, there, batch, wording or Wording()) for batch in samples]
+    else:
+        found = [_ask_boxes(consumer, model, there, batch) for batch in samples]
+    confidences = [one.confidence for one in found if one.confidence is not None]
+    verdict = Verdict(
+        verified=False,
         consumer=exporter.package,
         consumer_version=version,
-        max_logit_difference=difference,
+        # NaN if any is, and NaN is not verified
+        max_logit_difference=float(torch.stack([one.logits for one in found]).max()),
         tolerance=TOLERANCE,
         samples=len(samples),
         image_size=exporter.image_size,
-        dsc_run=float(torch.cat(ours).mean()),
-        dsc_consumer=float(torch.cat(theirs).mean()),
+        dsc_run=float(torch.cat([one.ours for one in found]).mean()),
+        dsc_consumer=float(torch.cat([one.theirs for one in found]).mean()),
+        max_confidence_difference=float(torch.stack(confidences).max()) if confidences else None,
     )
+    return replace(verdict, verified=verdict.difference <= TOLERANCE)
+
+
+def _ask_boxes(
+    consumer: BoxConsumer, model: SegmentationModel, there: SegmentationModel, batch: TripletBatch
+) -> _Compared:
+    """Ask both about every target of an image, by its box."""
+    images, boxes = there.preprocessing.images(batch.images), there.preprocessing.boxes(batch.boxes, batch.sizes)[0]
+    found = consumer(images, boxes)
+    return _Compared(
+        logits=(found - _logits(there, batch)).abs().max(),
+        ours=_dsc(model, batch.masks, _logits(model, batch)),
+        theirs=_dsc(there, batch.masks, found),
+    )
+
+
+def _ask_texts(
+    consumer: TextConsumer, model: SegmentationModel, there: SegmentationModel, batch: TripletBatch, wording: Wording
+) -> _Compared:
+    """Ask both for the first terms of an image; what is absent is compared, and has no DSC."""
+    assert isinstance(model, SAM3) and isinstance(there, SAM3)
+    batch = batch.by_term()
+    concepts = concepts_of(batch)[:TERMS]
+    texts = wording.say(concepts, None)
+    own = _found(there, batch, texts)
+    theirs = consumer(there.preprocessing.images(batch.images), texts)
+    best = own.confidence.argmax(dim=1)
+    rows = torch.arange(len(texts))
+    ours, other = own.masks[rows, 0], theirs.masks[rows, best]
+    scale = ours.flatten(1).abs().amax(1).clamp(min=1)[:, None, None]
+    shown = [p for p, concept in enumerate(concepts) if concept.rows]
+    truths = [batch.masks[concepts[p].rows[0]] for p in shown]
+    at_own_side = ours if there is model else _found(model, batch, texts).masks[:, 0]
+    gaps = [(own.confidence - theirs.confidence).abs().max(), (own.boxes[:, 0] - theirs.boxes[rows, best]).abs().max()]
+    return _Compared(
+        logits=((ours - other) / scale).abs().max(),
+        ours=_dsc(model, truths, at_own_side[shown]),
+        theirs=_dsc(there, truths, theirs.masks[rows, theirs.confidence.argmax(dim=1)][shown]),
+        confidence=torch.stack(gaps).max(),
+    )
+
+
+def _found(model: SAM3, batch: TripletBatch, texts: Sequence[str]) -> TextAnswer:
+    """What our model finds, text by text: all confidences (P, N), and box and mask of the most confident query."""
+    features = model.encode(model.preprocessing.images(batch.images))
+    confidences, boxes, masks = [], [], []
+    for text in texts:
+        answer = model.detect(features, ConceptPrompts(torch.zeros(1, dtype=torch.int64), [text]))
+        best = answer.confidence.argmax(dim=1)
+        assert answer.masks is not None
+        confidences.append(answer.confidence)
+        boxes.append(answer.boxes[-1][:, best[0]][:, None])
+        masks.append(answer.masks.of(0, best)[None])
+    return TextAnswer(torch.cat(confidences), torch.cat(boxes), torch.cat(masks))
 
 
 def _logits(model: SegmentationModel, batch: TripletBatch) -> Tensor:
@@ -140,8 +235,7 @@ def _logits(model: SegmentationModel, batch: TripletBatch) -> Tensor:
     return masks[:, 0]
 
 
-def _dsc(model: SegmentationModel, batch: TripletBatch, logits: Tensor) -> Tensor:
-    """DSC (Q,) at native resolution of logits in a model's frame."""
-    height, width = batch.images[0].shape[-2:]
-    masks = model.preprocessing.to_native(logits, height, width) > 0
-    return overlap(masks, torch.stack(batch.masks))[0]
+def _dsc(model: SegmentationModel, truths: Sequence[Tensor], logits: Tensor) -> Tensor:
+    """DSC (Q,) of logits in a model's frame against masks at native resolution."""
+    masks = model.preprocessing.to_native(logits, *truths[0].shape) > 0
+    return overlap(masks, torch.stack(list(truths)))[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.export.base import ConsumerModel, Exporter
+from trainer.export.base import BoxConsumer, Exporter
 from trainer.models import LiteMedSAM, SegmentationModel
 from trainer.models.litemedsam import ORIGINAL_SIZE, to_original
 
@@ -35,7 +35,7 @@ class LiteMedSAMExporter(Exporter):
         state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
         torch.save(to_original(state), path)
 
-    def load(self, path: Path) -> ConsumerModel:
+    def load(self, path: Path) -> BoxConsumer:
         """Load the file into the consumer's model."""
         with warnings.catch_warnings():  # it imports timm by old names
             warnings.simplefilter("ignore", FutureWarning)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.export.base import ConsumerModel, Exporter
+from trainer.export.base import BoxConsumer, Exporter
 from trainer.models import MedSAM, SegmentationModel
 from trainer.models.medsam import ORIGINAL_SIZE, VARIANTS, to_original
 
@@ -36,7 +36,7 @@ class MedSAMExporter(Exporter):
         state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
         torch.save(to_original(state), path)
 
-    def load(self, path: Path) -> ConsumerModel:
+    def load(self, path: Path) -> BoxConsumer:
         """Load the file into the consumer's model of its width."""
         from segment_anything import sam_model_registry
 

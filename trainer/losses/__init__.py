@@ -1,5 +1,21 @@
-"""Losses: masks now, set prediction with SAM3."""
+"""Losses: on masks, and on sets of objects with their masks (SAM3)."""
 
 from trainer.losses.masks import DiceCrossEntropy, resize_logits
+from trainer.losses.matching import HungarianMatcher, Matches, OneToManyMatcher, Pairs
+from trainer.losses.set_prediction import SetPredictionLoss
+from trainer.losses.sets import DenseMasks, FactoredMasks, ObjectSets, QueryMasks, SetPrediction
 
-__all__ = ["DiceCrossEntropy", "resize_logits"]
+__all__ = [
+    "DenseMasks",
+    "DiceCrossEntropy",
+    "FactoredMasks",
+    "HungarianMatcher",
+    "Matches",
+    "ObjectSets",
+    "OneToManyMatcher",
+    "Pairs",
+    "QueryMasks",
+    "SetPrediction",
+    "SetPredictionLoss",
+    "resize_logits",
+]

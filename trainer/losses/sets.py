@@ -1,7 +1,8 @@
 """What a set-prediction model says about concepts, and what is there: the two sides of SAM3's loss.
 
-Shapes: L decoder layers (the last is the final one), P prompts (concepts asked about, flattened over the batch), Q object
-queries, N targets (packed, one prompt after another), C channels, h w the mask head's side, H W that of the targets.
+Shapes: L decoder layers (the last is the final one), P prompts (concepts asked about, flattened over the batch), Q
+object queries, N targets (packed, one prompt after another), C channels, h w the mask head's side, H W that of the
+targets.
 Boxes are (cx, cy, w, h), as shares of the input's side.
 """
 
@@ -55,10 +56,12 @@ class FactoredMasks(QueryMasks):
     Attributes:
         queries: (P, Q, C) embeddings.
         pixels: (P, C, h, w) embeddings.
+        offsets: (P, Q) what is added to all pixels of a query's mask.
     """
 
     queries: Tensor
     pixels: Tensor
+    offsets: Tensor
 
     @property
     def side(self) -> tuple[int, int]:
@@ -67,7 +70,8 @@ class FactoredMasks(QueryMasks):
 
     def of(self, prompt: int, queries: Tensor) -> Tensor:
         """Mask logits (M, h, w) of some queries (M,) of one prompt."""
-        return torch.einsum("mc,chw->mhw", self.queries[prompt, queries], self.pixels[prompt])
+        products = torch.einsum("mc,chw->mhw", self.queries[prompt, queries], self.pixels[prompt])
+        return products + self.offsets[prompt, queries, None, None]
 
 
 @dataclass(frozen=True)

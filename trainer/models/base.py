@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from trainer.models.blocks import Block, encoder_blocks
 from trainer.models.preprocessing import Preprocessing
-from trainer.prompts.base import Prompts
 
 
 class SegmentationModel(nn.Module, ABC):
@@ -25,6 +24,8 @@ class SegmentationModel(nn.Module, ABC):
     """Name of the image encoder."""
     patch_embedding: tuple[str, ...]
     """Names of the modules and parameters that make tokens of pixels, with their absolute positions."""
+    fixed: tuple[str, ...] = ()
+    """Names of parameters that never learn: buffers in the original, or such that no output depends on them."""
 
     @property
     @abstractmethod
@@ -36,8 +37,13 @@ class SegmentationModel(nn.Module, ABC):
         """Encode images (B, C, S, S) into features that `decode` takes."""
 
     @abstractmethod
-    def decode(self, features: Any, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Predict mask logits (Q, M, h, w) and quality scores (Q, M) for prompts of one form."""
+    def decode(self, features: Any, prompts: Any) -> tuple[Tensor, Tensor]:
+        """Predict mask logits (Q, M, h, w) and quality scores (Q, M).
+
+        Args:
+            features: What `encode` gave.
+            prompts: What the family is asked: `Prompts` of one form, or `ConceptPrompts`.
+        """
 
     def blocks(self) -> tuple[Block, ...]:
         """The encoder's transformer blocks, from the input on."""

@@ -18,6 +18,7 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from data_shards.errors import UserError
 from trainer.models.preprocessing import Preprocessing
+from trainer.models.recomputing import recompute_layers
 from trainer.models.sam import WIDTH, SAMDecoding
 from trainer.models.sam_names import SAM_DECODER, SAM_ENCODER, TRANSFORMERS, rename
 from trainer.models.weights import load_strictly, read_weights, source_of
@@ -106,7 +107,7 @@ class MedSAM(SAMDecoding):
         self.image_encoder = SamVisionEncoder(config)
         self.add_decoder(image_size, self.shape.patch, layer_norm_eps=1e-5)
         if checkpoint_activations:
-            self.image_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_layers(self.image_encoder)
         if (source := source_of(weights)) is not None:
             self.load(read_weights(source, weights_sha256), source)
         self.train()

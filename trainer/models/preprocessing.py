@@ -28,7 +28,7 @@ class Preprocessing:
         resize: ``"pad"`` scales the longer side to S and pads bottom and right with zeros; ``"squash"`` scales both.
         scaling: ``"minmax"`` maps each image's own range to [0, 1] (MedSAM, LiteMedSAM); ``"mean_std"`` takes 8-bit
             images as they are, others with their own range mapped to [0, 255], and standardises with ImageNet's mean
-            and deviation (SAM).
+            and deviation (SAM); ``"centred"`` does the same with a mean and deviation of one half (SAM3).
         interpolation: Filter for images; always antialiased. Bicubic stays within an image's own range, as in the
             resizing of MedSAM's scripts: it would ring at edges, and a black background be grey. Masks are taken
             nearest.
@@ -37,7 +37,7 @@ class Preprocessing:
 
     image_size: int
     resize: Literal["pad", "squash"] = "pad"
-    scaling: Literal["minmax", "mean_std"] = "minmax"
+    scaling: Literal["minmax", "mean_std", "centred"] = "minmax"
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     channels: int = 3
 
@@ -68,12 +68,14 @@ class Preprocessing:
                 native = stack.float().flatten(1)
                 lowest, highest = (bound.view(-1, 1, 1, 1) for bound in native.aminmax(dim=1))
                 resized = resized.clamp(lowest, highest)
-            if self.scaling == "mean_std" and stack.dtype == torch.uint8:
+            if self.scaling != "minmax" and stack.dtype == torch.uint8:
                 scaled = resized / 255
             else:
                 low, high = resized.amin((1, 2, 3), keepdim=True), resized.amax((1, 2, 3), keepdim=True)
                 scaled = (resized - low) / (high - low).clamp(min=1e-8)
-            if self.scaling == "mean_std":
+            if self.scaling == "centred":
+                scaled = 2 * scaled - 1
+            elif self.scaling == "mean_std":
                 mean, std = (scaled.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
                 scaled = (scaled - mean) / std
             return self._pad(scaled.expand(-1, self.channels, -1, -1))

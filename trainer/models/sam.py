@@ -26,6 +26,8 @@ class SAMDecoding(SegmentationModel):
     """A model with any image encoder, and SAM's prompt encoder and mask decoder."""
 
     score_head = "mask_decoder.iou_prediction_head"
+    # a buffer in the original, a parameter in transformers
+    fixed = ("prompt_encoder.shared_embedding.positional_embedding",)
 
     def add_decoder(self, image_size: int, stride: int, layer_norm_eps: float) -> None:
         """Make the prompt encoder and the mask decoder.
@@ -44,7 +46,6 @@ class SAMDecoding(SegmentationModel):
         config.mask_decoder_config._attn_implementation = "sdpa"
         self.prompt_encoder = SamPromptEncoder(config)
         self.mask_decoder = SamMaskDecoder(config.mask_decoder_config)
-        # a buffer in the original, a parameter in transformers: it must never learn
         self.prompt_encoder.shared_embedding.positional_embedding.requires_grad_(False)
 
     @property

@@ -1,5 +1,7 @@
 """LightningModules: how each family is trained."""
 
 from trainer.modules.medsam import MedSAMModule
+from trainer.modules.sam3 import SAM3Module
+from trainer.modules.tuned import TunedModule
 
-__all__ = ["MedSAMModule"]
+__all__ = ["MedSAMModule", "SAM3Module", "TunedModule"]

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from torch.optim import Optimizer
 
 from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
 from trainer.losses import DiceCrossEntropy, resize_logits
 from trainer.metrics import overlap
 from trainer.models import SegmentationModel
-from trainer.modules.optimization import RateSchedule, Schedule, adamw, guard_gradients
-from trainer.modules.scoring import Prediction, ScoredModule
+from trainer.modules.optimization import RateSchedule, Schedule
+from trainer.modules.scoring import Prediction
+from trainer.modules.tuned import TunedModule
 from trainer.prompts import BoxPrompts, Prompter, Prompts, Truth, prompts_of_targets
 from trainer.tuning import FullTuning, Tuning
 from trainer.tuning.base import Decay, freeze
@@ -48,7 +48,7 @@ class Answer:
     scores: Tensor
 
 
-class MedSAMModule(ScoredModule):
+class MedSAMModule(TunedModule):
     """Trains a promptable model: every image is encoded once and all its targets are decoded from that.
 
     Args:
@@ -88,21 +88,13 @@ class MedSAMModule(ScoredModule):
         timescale: int | None = None,
         final_factor: float = 0.0,
     ) -> None:
-        super().__init__()
-        amounts = (weight_decay, score_weight)
-        if not 0 < lr < inf or not all(0 <= v < inf for v in amounts) or not all(0 <= beta < 1 for beta in betas):
-            raise UserError(
-                "lr is above 0, weight_decay and score_weight are 0 or more, betas in [0, 1): here lr is "
-                f"{lr}, weight_decay {weight_decay}, score_weight {score_weight}, betas {betas}"
-            )
-        self.model = model
-        self.tuning = tuning or FullTuning()
+        rates = RateSchedule(schedule, warmup_steps, cooldown_steps, power, timescale, final_factor)
+        super().__init__(model, tuning or FullTuning(), lr, weight_decay, decay, betas, rates)
+        if not 0 <= score_weight < inf:
+            raise UserError(f"score_weight is 0 or more, not {score_weight}")
         self.prompts = prompts or BoxPrompts()
         self.loss = loss or DiceCrossEntropy()
         self.score_weight = score_weight
-        self.lr, self.weight_decay, self.decay, self.betas = lr, weight_decay, decay, betas
-        self.schedule = RateSchedule(schedule, warmup_steps, cooldown_steps, power, timescale, final_factor)
-        self.tuning.apply(self.model)
         if not score_weight:  # a loss on masks alone does not reach it, and DDP would wait for its gradient
             freeze(self.model, [self.model.score_head])
         self.tuning.check_learns(self.model)
@@ -114,13 +106,7 @@ class MedSAMModule(ScoredModule):
             UserError: Samples without a target, a precision that is not supported, a schedule without an end, or a
                 prompt encoder that learns where all ranks wait for a gradient of all that does.
         """
-        precision = str(self.trainer.precision)
-        if precision.endswith("-true") and precision != "32-true":
-            raise UserError(f"trainer.precision {precision} is not supported: take bf16-mixed or 32-true")
-        if stage == "fit" and self.schedule.needs_end and self.trainer.max_steps < 0 and self.trainer.max_epochs == -1:
-            raise UserError(
-                f"schedule {self.schedule.shape} needs to know the end: set trainer.max_steps or trainer.max_epochs"
-            )
+        super().setup(stage)
         strategy = self.trainer.strategy
         if stage == "fit" and isinstance(strategy, DDPStrategy):
             learns = [n for n, p in self.named_parameters() if p.requires_grad and ".prompt_encoder." in n]
@@ -130,18 +116,19 @@ class MedSAMModule(ScoredModule):
                     "that its prompts need: set it to ddp_find_unused_parameters_true, or freeze prompt_encoder"
                 )
         datamodule = self.trainer.datamodule
-        for name, alone in (("clip_length", 1), ("negatives_per_image", 0)):
-            if stage == "fit" and getattr(datamodule, name, alone) != alone:
-                given = getattr(datamodule, name)
-                raise UserError(
-                    f"data.init_args.{name} {given}: MedSAMModule prompts single images with boxes: leave it out"
-                )
+        if stage == "fit":
+            unused = {"clip_length": 1, "negatives_per_image": 0, "hard_negatives": False, "evaluated_negatives": 0}
+            self.refuse(unused, "MedSAMModule prompts single images with boxes")
         empty = datamodule.without_targets("train") if stage == "fit" and datamodule is not None else 0
         if empty:
             raise UserError(
                 f"{datamodule.folders['train']}: {empty} samples have no target, so no box to prompt with: set "
                 "data.init_args.only_with_targets to true, or build the shards with `slices: {keep: nonempty}`"
             )
+
+    def describe_prompts(self) -> dict[str, Any]:
+        """What an evaluation asks, as JSON."""
+        return self.prompts.describe()
 
     def forward(self, batch: TripletBatch, epoch: int | None = None) -> list[Answer]:
         """Ask about every target of a batch, once or in rounds.
@@ -158,7 +145,7 @@ class MedSAMModule(ScoredModule):
         Where prompts come in rounds, every round's answer is learnt from alike (Kirillov et al. 2023, appendix A).
         """
         if not batch.masks:  # every sample was damaged and skipped: nothing is learnt, and other ranks do not wait
-            return torch.stack([(p * 0).sum() for p in self.parameters() if p.requires_grad]).sum()
+            return self.nothing_learnt()
         truth = self._truth(batch)
         answers = [self._enlarged(answer) for answer in self._ask(batch, truth, self.current_epoch)]
         rounds = [self._losses(answer, truth) for answer in answers]
@@ -168,6 +155,20 @@ class MedSAMModule(ScoredModule):
         shown = {f"train/{name}": value.detach() for name, value in losses.items()} | {"train/dsc": dsc.mean()}
         self.log_dict(shown, batch_size=len(batch.masks), on_step=True, on_epoch=False)
         return losses["loss"]
+
+    def rehearse(self, images: int, prompts: int) -> Tensor:
+        """Loss of a pass over made-up images with so many targets each: boxes, then a click a round."""
+        size, side = images * prompts, self.model.preprocessing.image_size
+        pixels = torch.zeros(images, self.model.preprocessing.channels, side, side, device=self.device)
+        truth = torch.zeros(size, side, side, device=self.device)
+        features, answers = self.model.encode(pixels), []
+        asked = Prompts(torch.arange(images).repeat_interleave(prompts), boxes=torch.zeros(size, 4))
+        for clicks in range(1, 2 + self.prompts.rounds(0)):
+            answers.append(self._decode(features, [asked], size))
+            points, labels = torch.zeros(size, clicks, 2), torch.ones(size, clicks, dtype=torch.int64)
+            asked = replace(asked, points=points, labels=labels, masks=answers[-1].logits.detach().float())
+        enlarged = [self._enlarged(answer) for answer in answers]
+        return torch.stack([self._target_losses(answer, truth)["loss"] for answer in enlarged]).mean()
 
     @torch.no_grad()
     def predict_masks(self, batch: TripletBatch) -> Prediction:
@@ -223,35 +224,14 @@ class MedSAMModule(ScoredModule):
 
     def _losses(self, answer: Answer, truth: Truth) -> dict[str, Tensor]:
         """What an enlarged answer costs, averaged over targets and images."""
-        parts = dict(self.loss(answer.logits, truth.masks))
-        if self.score_weight:
-            _, iou = overlap(answer.logits.detach() > 0, truth.masks)
-            parts["score_loss"] = (answer.scores.float() - iou).square()
-            parts["loss"] = parts["loss"] + self.score_weight * parts["score_loss"]
+        parts = self._target_losses(answer, truth.masks)
         return {name: per_image_mean(value, truth.image_index) for name, value in parts.items()}
 
-    def configure_optimizers(self) -> Any:
-        """AdamW over the tuning method's groups."""
-        groups = self.tuning.parameter_groups(self.model, self.lr, self.weight_decay, self.decay)
-        return adamw(groups, self.betas, self.schedule, self._total_steps())
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the norm over all ranks' shards, and log it."""
-        guard_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def _total_steps(self) -> int:
-        """Optimiser steps of the whole run.
-
-        Not `Trainer.estimated_stepping_batches`: that sets up the loaders before a checkpoint is restored, and the
-        loader's state would then be dropped without a word.
-        """
-        trainer = self.trainer
-        ends = [trainer.max_steps] if trainer.max_steps > 0 else []
-        if trainer.max_epochs is not None and trainer.max_epochs > 0:
-            ends.append(trainer.max_epochs * trainer.datamodule.steps_per_epoch)
-        return min(ends, default=1)
+    def _target_losses(self, answer: Answer, masks: Tensor) -> dict[str, Tensor]:
+        """What an enlarged answer costs for each target: (Q,) each."""
+        parts = dict(self.loss(answer.logits, masks))
+        if self.score_weight:
+            _, iou = overlap(answer.logits.detach() > 0, masks)
+            parts["score_loss"] = (answer.scores.float() - iou).square()
+            parts["loss"] = parts["loss"] + self.score_weight * parts["score_loss"]
+        return parts

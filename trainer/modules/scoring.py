@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from lightning.pytorch import LightningModule
@@ -34,6 +34,8 @@ class Prediction:
         boxes: (Q, 4) the first prompts' boxes, (x0, y0, x1, y1) in native pixels, on the CPU; NaN where there was none.
         points: (Q, P, 2) the first prompts' points, (x, y) in native pixels, on the CPU; NaN where there was none.
         labels: (Q, P) 1 for a point on the target, 0 beside it, −1 where there was none.
+        absent: (A,) confidences of the terms that were asked for and are not there, on the CPU.
+        absent_areas: (A,) native pixels of the masks that these were answered with, on the CPU.
     """
 
     masks: list[Tensor]
@@ -41,6 +43,8 @@ class Prediction:
     boxes: Tensor
     points: Tensor
     labels: Tensor
+    absent: Tensor = field(default_factory=lambda: torch.zeros(0))
+    absent_areas: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @classmethod
     def none(cls) -> Prediction:
@@ -61,6 +65,20 @@ class ScoredModule(LightningModule):
     @abstractmethod
     def predict_masks(self, batch: TripletBatch) -> Prediction:
         """Predict every target of a batch at native resolution."""
+
+    def rehearse(self, images: int, prompts: int) -> Tensor:
+        """Loss of a training's pass over made-up images, whose memory `trainer plan` measures on fake tensors.
+
+        These have no values: nothing in it may ask for one, as ``tolist``, ``unique`` and ``if`` on a tensor do.
+
+        Args:
+            images: Images of the pass.
+            prompts: Prompts of each.
+
+        Raises:
+            NotImplementedError: The module has no such pass.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no rehearsal")
 
     def evaluation_step(self, batch: TripletBatch) -> Prediction:
         """Predict, score every target at native resolution, and keep the rows."""

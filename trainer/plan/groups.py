@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from trainer.modules import MedSAMModule
+from trainer.modules.tuned import TunedModule
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Group:
         return 0 if self.learning_rate is None else self.parameters
 
 
-def parameter_groups(module: MedSAMModule, own: set[str]) -> list[Group]:
+def parameter_groups(module: TunedModule, own: set[str]) -> list[Group]:
     """The module's parameters by part, learning rate and weight decay: in the model's order, what is frozen last.
 
     Args:
@@ -79,7 +79,7 @@ def parameter_groups(module: MedSAMModule, own: set[str]) -> list[Group]:
     )
 
 
-def memory(module: MedSAMModule, averaged: bool) -> dict[str, int]:
+def memory(module: TunedModule, averaged: bool) -> dict[str, int]:
     """Bytes of what stays in memory, before sharding: weights, and of what learns gradients and AdamW's two moments."""
     tensors = [*module.model.parameters(), *module.model.buffers()]
     learning = sum(p.numel() * p.element_size() for p in module.model.parameters() if p.requires_grad)

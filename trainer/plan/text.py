@@ -13,6 +13,11 @@ from rich.table import Table
 
 from trainer.plan.groups import Group
 
+CARDS = (24, 40, 80, 141)
+"""Memory of common GPUs in GB."""
+USABLE = 0.9
+"""Share of a GPU's memory that a pass may take: CUDA itself and the allocator's waste take the rest."""
+
 
 def show(plan: Mapping[str, Any], console: Console) -> None:
     """Print a plan."""
@@ -32,6 +37,41 @@ def show(plan: Mapping[str, Any], console: Console) -> None:
     console.print(_table([Group(**{**group, "depths": tuple(group["depths"])}) for group in plan["groups"]]))
     for note in plan["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
+
+
+def show_memory(plan: Mapping[str, Any], console: Console) -> None:
+    """Print what a pass takes, by images a pass and prompts an image, and what fits which GPU."""
+    cells = plan["memory_at"]
+    if not cells:
+        for note in plan["notes"][-1:]:
+            console.print(f"note: {note}", soft_wrap=True)
+        return
+    rows, columns = ({cell[name]: None for cell in cells} for name in ("images", "prompts"))
+    sizes = {(cell["images"], cell["prompts"]): cell["bytes"] for cell in cells}
+    step = plan["step"]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="memory of one GPU in all", title_justify="left")
+    table.add_column("in a pass")
+    for column in columns:
+        table.add_column(f"{column} prompt{'s' * (column != 1)} an image", justify="right")
+    for row in rows:
+        mine = [(row, column) in ((step["micro_batch"], step["prompts_per_image"]),) for column in columns]
+        told = [
+            f"{_bytes(sizes[row, column])}{' *' if own else ''}"
+            for column, own in zip(columns, mine, strict=True)
+        ]
+        table.add_row(f"{row} image{'s' * (row != 1)}", *told)
+    table.add_section()
+    for card in CARDS:
+        table.add_row(f"most on {card} GB", *(_most(sizes, list(rows), column, card) for column in columns))
+    console.print(table)
+
+
+def _most(sizes: Mapping[tuple[int, int], int], rows: Sequence[int], column: int, card: int) -> str:
+    """The most images a pass that fit a card."""
+    fitting = [row for row in rows if sizes[row, column] <= USABLE * card * 2**30]
+    if not fitting:
+        return "–"
+    return f"{fitting[-1]} or more" if fitting[-1] == rows[-1] else str(fitting[-1])
 
 
 def _table(groups: Sequence[Group]) -> Table:

@@ -3,14 +3,20 @@
 from trainer.prompts.base import Prompter, Prompts, Truth, prompts_of_targets
 from trainer.prompts.boxes import BoxPrompts
 from trainer.prompts.clicks import ClickPrompts
+from trainer.prompts.concepts import Concept, ConceptPrompts, concepts_of
+from trainer.prompts.exemplars import Exemplars
 from trainer.prompts.masks import MaskPrompts
 from trainer.prompts.mixed import MixedPrompts
 from trainer.prompts.points import PointPrompts
 from trainer.prompts.sam_boxes import SAMBoxPrompts
+from trainer.prompts.wording import Wording
 
 __all__ = [
     "BoxPrompts",
     "ClickPrompts",
+    "Concept",
+    "ConceptPrompts",
+    "Exemplars",
     "MaskPrompts",
     "MixedPrompts",
     "PointPrompts",
@@ -18,5 +24,7 @@ __all__ = [
     "Prompts",
     "SAMBoxPrompts",
     "Truth",
+    "Wording",
+    "concepts_of",
     "prompts_of_targets",
 ]

@@ -103,6 +103,4 @@ class ConceptPrompts:
     def to(self, device: torch.device | str) -> ConceptPrompts:
         """Move the tensors."""
         names = ("image_index", "boxes", "box_labels", "points", "point_labels")
-        return replace(
-            self, **{name: value.to(device) for name in names if (value := getattr(self, name)) is not None}
-        )
+        return replace(self, **{name: value.to(device) for name in names if (value := getattr(self, name)) is not None})

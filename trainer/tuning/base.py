@@ -24,13 +24,19 @@ class Tuning(ABC):
     Args:
         rates: Factors on the learning rate by name prefix or shell pattern, such as ``{image_encoder: 0.1}``; where
             several fit a parameter, the last counts.
+        learning_rates: Learning rates, in the place of the module's own, by name prefix or shell pattern; where several
+            fit a parameter, the last counts. `rates` are factors on these too.
     """
 
-    def __init__(self, rates: Mapping[str, float] | None = None) -> None:
-        self.rates = dict(rates or {})
-        for pattern, rate in self.rates.items():
-            if not 0 < rate < inf:
-                raise UserError(f"rates: {pattern}: {rate}: a factor is above 0; what shall not learn is frozen")
+    def __init__(
+        self, rates: Mapping[str, float] | None = None, learning_rates: Mapping[str, float] | None = None
+    ) -> None:
+        self.rates, self.learning_rates = dict(rates or {}), dict(learning_rates or {})
+        for what, given in (("rates", self.rates), ("learning_rates", self.learning_rates)):
+            for pattern, rate in given.items():
+                if not 0 < rate < inf:
+                    kind = "factor" if what == "rates" else "rate"
+                    raise UserError(f"{what}: {pattern}: {rate}: a {kind} is above 0; what shall not learn is frozen")
 
     @abstractmethod
     def apply(self, model: SegmentationModel) -> None:
@@ -60,18 +66,24 @@ class Tuning(ABC):
         Raises:
             UserError: A pattern of `rates` matches nothing, or nothing that learns.
         """
-        scales = {name: 1.0 for name, parameter in model.named_parameters() if parameter.requires_grad}
-        for pattern, rate in self.rates.items():
-            found = [name for name in matching(model, pattern) if name in scales]
-            if not found and scales:
-                raise UserError(f"rates: {pattern}: {type(self).__name__} lets nothing of it learn: leave it out")
-            scales.update(dict.fromkeys(found, rate))
-        return scales
+        return self._by_pattern(model, "rates", self.rates, 1.0)
+
+    def _by_pattern(
+        self, model: SegmentationModel, what: str, given: Mapping[str, float], otherwise: float
+    ) -> dict[str, float]:
+        """A number for every parameter that learns, by name."""
+        numbers = {name: otherwise for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for pattern, number in given.items():
+            found = [name for name in matching(model, pattern) if name in numbers]
+            if not found and numbers:
+                raise UserError(f"{what}: {pattern}: {type(self).__name__} lets nothing of it learn: leave it out")
+            numbers.update(dict.fromkeys(found, number))
+        return numbers
 
     def parameter_groups(
         self, model: SegmentationModel, lr: float, weight_decay: float, decay: Decay = "matrices"
     ) -> list[dict[str, Any]]:
-        """Make the optimiser's groups: one for each learning-rate factor and each decay.
+        """Make the optimiser's groups: one for each learning rate and each decay.
 
         Args:
             model: The model that `apply` was called on.
@@ -85,14 +97,15 @@ class Tuning(ABC):
         """
         self.check_learns(model)
         scales = self.learning_rate_scales(model)
+        bases = self._by_pattern(model, "learning_rates", self.learning_rates, lr)
         groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in model.named_parameters():
             if name in scales:
                 decayed = decay == "all" or (parameter.ndim > 1 and "bias" not in name.rpartition(".")[2])
-                groups[scales[name], weight_decay if decayed else 0.0].append(parameter)
+                groups[bases[name] * scales[name], weight_decay if decayed else 0.0].append(parameter)
         return [
-            {"params": parameters, "lr": lr * scale, "weight_decay": amount}
-            for (scale, amount), parameters in sorted(groups.items(), key=lambda item: item[0])
+            {"params": parameters, "lr": rate, "weight_decay": amount}
+            for (rate, amount), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
 
 
@@ -138,7 +151,7 @@ def unfreeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 def _mark(model: nn.Module, patterns: Sequence[str], *, requires_grad: bool) -> None:
     parameters = dict(model.named_parameters())
-    fixed = {name for name in parameters if name.endswith("shared_embedding.positional_embedding")}
+    fixed = getattr(model, "fixed", ())
     for pattern in patterns:
         for name in matching(model, pattern):
             parameters[name].requires_grad_(requires_grad and name not in fixed)

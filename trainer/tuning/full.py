@@ -24,6 +24,8 @@ class FullTuning(Tuning):
         freeze: Parameters that do not learn, as name prefixes or shell patterns. MedSAM freezes the prompt encoder.
         rates: Further factors on the learning rate by name prefix or shell pattern, multiplied with the decay; where
             several fit a parameter, the last counts.
+        learning_rates: Learning rates, in the place of the module's ``lr``, by name prefix or shell pattern; layer
+            decay is multiplied onto these too. Where several fit a parameter, the last counts.
     """
 
     def __init__(
@@ -32,8 +34,9 @@ class FullTuning(Tuning):
         depth: int | None = None,
         freeze: Sequence[str] = ("prompt_encoder",),
         rates: Mapping[str, float] | None = None,
+        learning_rates: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(rates)
+        super().__init__(rates, learning_rates)
         if not 0 < layer_decay <= 1:
             raise UserError(f"layer_decay is in (0, 1], not {layer_decay}")
         if depth is not None and depth < 1:

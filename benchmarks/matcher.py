@@ -1,0 +1,294 @@
+"""What does matching cost a training step of set prediction, and how often does it wait for the device?
+
+python benchmarks/matcher.py           # under a minute on two cores; on a GPU where there is one
+
+Three ways to match all layers of both halves, the same matches each: `batched`, ours, all costs in one tensor and one
+copy to the host; `per_layer`, each layer of each half on its own, with padded costs, as SAM3's code does; `per_image`,
+each prompt of each layer on its own, as DETR's loops do. All use scipy's assignment, and end with the matched indices
+on the device. A quarter of the prompts has no target, the others have as many as the table says.
+
+The last line is one JSON object:
+  benchmark     "matcher"
+  quick         whether --quick was given
+  device        "cpu" or the name of the GPU
+  threads       that torch uses
+  prompts, layers, queries  of a step; both halves have as many layers and queries
+  targets       of a prompt that has some: the rows of the table
+  counted       how syncs were counted: "cuda sync debug mode", or "calls" that would wait for a GPU: reading values,
+                non-zero places, and uploads that are not told not to wait
+  milliseconds  by targets: of each way, medians over rounds that run all in turn
+  syncs         by targets: of each way, in one step
+  ratio         by targets: `per_image` divided by `batched`
+  loss_syncs    by targets: of a whole loss with masks, our matching, all terms and the backward pass
+  bar           syncs of a step: the most in `loss_syncs`, what is allowed, and whether that is met
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from samples import arguments, finish, medians
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from trainer.losses import (
+    FactoredMasks,
+    HungarianMatcher,
+    ObjectSets,
+    OneToManyMatcher,
+    SetPrediction,
+    SetPredictionLoss,
+)
+from trainer.losses.boxes import overlap
+from trainer.losses.matching import match, upload
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MATCHER, MANY = HungarianMatcher(), OneToManyMatcher()
+SIDE, CHANNELS = 36, 16  # of the masks; matching never sees them
+Rows = set[tuple[int, ...]]  # layer (the second half's after the first's), prompt, query, target
+
+
+def drawn(prompts: int, layers: int, queries: int, targets: int) -> tuple[SetPrediction, ObjectSets]:
+    """Predictions, some of them near the targets."""
+    generator = torch.Generator().manual_seed(targets)
+    counts = [0 if prompt % 4 == 3 else targets for prompt in range(prompts)]
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def boxes(*shape: int) -> Tensor:
+        places = torch.rand(*shape, 4, generator=generator)
+        return torch.cat([0.2 + 0.6 * places[..., :2], 0.05 + 0.2 * places[..., 2:]], -1)
+
+    there = ObjectSets(counts, boxes(sum(counts)).to(DEVICE), (noise(sum(counts), SIDE, SIDE) > 0).to(DEVICE))
+
+    def half() -> SetPrediction:
+        said = boxes(layers, prompts, queries)
+        for prompt, start in enumerate(there.starts):
+            for query in range(min(2 * counts[prompt], queries)):
+                said[:, prompt, query] = there.boxes[start + query % counts[prompt]].cpu() + 0.01 * noise(layers, 4)
+        parts = noise(prompts, queries, CHANNELS), noise(prompts, CHANNELS, SIDE, SIDE), noise(prompts, queries)
+        masks = FactoredMasks(*(part.to(DEVICE).requires_grad_() for part in parts))
+        return SetPrediction(noise(layers, prompts, queries).to(DEVICE), said.to(DEVICE), masks=masks)
+
+    first, many = half(), half()
+    presence, semantic = noise(layers, prompts).to(DEVICE), noise(prompts, SIDE, SIDE).to(DEVICE)
+    return replace(first, presence=presence, semantic=semantic, many=many), there
+
+
+def batched(prediction: SetPrediction, targets: ObjectSets) -> list[Tensor]:
+    """Our way: (4, K) indices of all layers."""
+    found = match(prediction, targets, MATCHER, MANY)
+    layers = [*found.first, *found.many]
+    rows = [np.stack([np.full(len(p), n), p.prompts, p.queries, p.targets]) for n, p in enumerate(layers)]
+    return [upload(np.concatenate(rows, 1), DEVICE)]
+
+
+def of_each_layer(prediction: SetPrediction) -> list[tuple[Tensor, Tensor]]:
+    """Logits (P, Q) and boxes (P, Q, 4) of each layer, the second half's after the first's."""
+    assert prediction.many is not None
+    halves = (prediction, prediction.many)
+    return [layer for half in halves for layer in zip(half.logits, half.boxes, strict=True)]
+
+
+def costs(logits: Tensor, boxes: Tensor, targets: Tensor) -> Tensor:
+    """Costs (..., Q, T) of queries (..., Q) for targets (..., T, 4)."""
+    found, boxes, targets = logits.sigmoid(), boxes.unsqueeze(-2), targets.unsqueeze(-3)
+    positive = -MATCHER.alpha * (1 - found) ** 2 * torch.nn.functional.logsigmoid(logits)
+    negative = -(1 - MATCHER.alpha) * found**2 * torch.nn.functional.logsigmoid(-logits)
+    distance = MATCHER.box_cost * (boxes - targets).abs().sum(-1)
+    focal = MATCHER.class_cost * (positive - negative)
+    return distance + focal.unsqueeze(-1) - MATCHER.giou_cost * overlap(boxes, targets)[1]
+
+
+def kept(logits: Tensor, boxes: Tensor, targets: Tensor) -> Tensor:
+    """Which queries each target keeps, one to many: (..., Q, T) bool."""
+    iou, _ = overlap(boxes.unsqueeze(-2), targets.unsqueeze(-3))
+    scores = MANY.alpha * logits.sigmoid().unsqueeze(-1) + (1 - MANY.alpha) * iou
+    border = torch.quantile(scores, 1 - MANY.topk / logits.shape[-1], dim=-2, keepdim=True)
+    return (scores > border) & (scores > MANY.threshold)
+
+
+def rows_of(layer: int, prompt: int, queries: np.ndarray, targets: np.ndarray) -> Tensor:
+    """Indices (4, K) of one prompt."""
+    same = np.ones_like(queries)
+    return torch.as_tensor(np.stack([layer * same, prompt * same, queries, targets]), device=DEVICE)
+
+
+def per_image(prediction: SetPrediction, targets: ObjectSets) -> list[Tensor]:
+    """Each prompt of each layer on its own."""
+    found = []
+    layers = of_each_layer(prediction)
+    for number, (logits, boxes) in enumerate(layers):
+        for prompt, (start, count) in enumerate(zip(targets.starts, targets.counts, strict=True)):
+            if not count:
+                continue
+            wanted = targets.boxes[start : start + count]
+            if number == len(layers) - 1:
+                queries, chosen = kept(logits[prompt], boxes[prompt], wanted).nonzero().unbind(1)
+                same = torch.ones_like(queries)
+                found.append(torch.stack([number * same, prompt * same, queries, chosen + start]))
+            else:
+                matrix = costs(logits[prompt], boxes[prompt], wanted).cpu().numpy()
+                found.append(rows_of(number, prompt, *_shifted(linear_sum_assignment(matrix), start)))
+    return found
+
+
+def per_layer(prediction: SetPrediction, targets: ObjectSets, padded: Tensor) -> list[Tensor]:
+    """Each layer on its own; `padded` (P, T, 4) are the targets' boxes, and their counts are on the device."""
+    counts = torch.tensor(targets.counts).to(DEVICE, non_blocking=True)
+    starts = torch.tensor(targets.starts).to(DEVICE, non_blocking=True)
+    found = []
+    layers = of_each_layer(prediction)
+    for number, (logits, boxes) in enumerate(layers):
+        if number == len(layers) - 1:
+            real = torch.arange(padded.shape[1], device=DEVICE) < counts[:, None]
+            prompt, query, target = (kept(logits, boxes, padded) & real[:, None]).nonzero().unbind(1)
+            found.append(torch.stack([torch.full_like(prompt, number), prompt, query, target + starts[prompt]]))
+            continue
+        sizes = counts.cpu().numpy()
+        matrices = costs(logits, boxes, padded).cpu().numpy()
+        parts = [np.empty((4, 0), np.int64)]
+        for prompt, (start, count) in enumerate(zip(targets.starts, sizes, strict=True)):
+            queries, chosen = _shifted(linear_sum_assignment(matrices[prompt, :, :count]), start)
+            parts.append(np.stack([np.full_like(queries, number), np.full_like(queries, prompt), queries, chosen]))
+        found.append(torch.as_tensor(np.concatenate(parts, 1), device=DEVICE))
+    return found
+
+
+def _shifted(assignment: tuple[np.ndarray, np.ndarray], start: int) -> tuple[np.ndarray, np.ndarray]:
+    return assignment[0], assignment[1] + start
+
+
+def padded_boxes(targets: ObjectSets) -> Tensor:
+    """Boxes (P, T, 4) with zeros behind the last of a prompt."""
+    padded = torch.zeros(len(targets.counts), max(targets.counts), 4, device=DEVICE)
+    for prompt, (start, count) in enumerate(zip(targets.starts, targets.counts, strict=True)):
+        padded[prompt, :count] = targets.boxes[start : start + count]
+    return padded
+
+
+class Calls(TorchFunctionMode):
+    """Counts calls that would wait for a GPU."""
+
+    READS = frozenset(
+        {
+            Tensor.cpu,
+            Tensor.item,
+            Tensor.tolist,
+            Tensor.nonzero,
+            torch.nonzero,
+            Tensor.masked_select,
+            torch.masked_select,
+        }
+        | {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.unique, torch.unique}
+    )
+    UPLOADS = frozenset({torch.tensor, torch.as_tensor})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        by_mask = func is Tensor.__getitem__ and any(
+            isinstance(part, Tensor) and part.dtype == torch.bool
+            for part in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        moved = any(isinstance(part, torch.device | str) for part in (*args[1:], kwargs.get("device")))
+        slow = func is Tensor.to and moved and not kwargs.get("non_blocking")
+        self.count += by_mask or slow or func in self.READS or (func in self.UPLOADS and "device" in kwargs)
+        return func(*args, **kwargs)
+
+
+def syncs(run: Callable[[], Any]) -> int:
+    """How often something waits for the device."""
+    if DEVICE.type == "cpu":
+        with Calls() as calls:
+            run()
+        return calls.count
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def step(run: Callable[[], Any]) -> int:
+    """One step, to its end on the device."""
+    run()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return 1
+
+
+def loss_step(loss: SetPredictionLoss, prediction: SetPrediction, targets: ObjectSets) -> None:
+    """Matching, all losses and the backward pass."""
+    loss(prediction, targets)["loss"].backward()
+
+
+def matched(found: list[Tensor]) -> Rows:
+    return set(zip(*torch.cat(found, 1).tolist(), strict=True))
+
+
+def main() -> None:
+    values = arguments(__doc__, prompts=16, layers=6, queries=200, rounds=0)
+    numbers = [1, 10] if values.quick else [1, 5, 20, 100]
+    loss = SetPredictionLoss(mask_weight=200, dice_weight=10, mask_chunk=16)
+    milliseconds: dict[str, dict[str, float]] = {}
+    waits: dict[str, dict[str, int]] = {}
+    loss_syncs: dict[str, int] = {}
+    print("targets  way         ms a step   syncs")
+    for number in numbers:
+        prediction, targets = drawn(values.prompts, values.layers, values.queries, number)
+        ways: dict[str, Callable[[], list[Tensor]]] = {
+            "per_image": functools.partial(per_image, prediction, targets),
+            "per_layer": functools.partial(per_layer, prediction, targets, padded_boxes(targets)),
+            "batched": functools.partial(batched, prediction, targets),
+        }
+        expected = matched(batched(prediction, targets))
+        assert all(matched(run()) == expected for run in ways.values()), "the ways differ"
+        rates = medians(
+            {name: functools.partial(step, run) for name, run in ways.items()},
+            values.rounds or (3 if values.quick else 9),
+        )
+        key = str(number)
+        milliseconds[key] = {name: 1000 / rate for name, rate in rates.items()}
+        waits[key] = {name: syncs(run) for name, run in ways.items()}
+        loss_syncs[key] = syncs(functools.partial(loss_step, loss, prediction, targets))
+        for name in ways:
+            print(f"{number:7}  {name:10} {milliseconds[key][name]:10.2f} {waits[key][name]:7}", flush=True)
+        print(f"{number:7}  whole loss            {loss_syncs[key]:7}", flush=True)
+    most = max(loss_syncs.values())
+    finish(
+        {
+            "benchmark": "matcher",
+            "quick": values.quick,
+            "device": "cpu" if DEVICE.type == "cpu" else torch.cuda.get_device_name(),
+            "threads": torch.get_num_threads(),
+            "prompts": values.prompts,
+            "layers": values.layers,
+            "queries": values.queries,
+            "targets": numbers,
+            "counted": "calls" if DEVICE.type == "cpu" else "cuda sync debug mode",
+            "milliseconds": milliseconds,
+            "syncs": waits,
+            "ratio": {key: found["per_image"] / found["batched"] for key, found in milliseconds.items()},
+            "loss_syncs": loss_syncs,
+            "bar": {"value": most, "needed": 1, "met": most <= 1},
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

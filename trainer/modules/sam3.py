@@ -1,0 +1,394 @@
+"""Fine-tuning of SAM3: concepts named by text, learnt as sets of instances.
+
+Shapes: B images, P prompts (a concept in an image each), Q targets, A absent terms, N instances, h w the mask head's
+side, H W native height and width.
+Sources: Carion et al. 2025 (SAM 3); Jiang et al. 2026 (Medical SAM3, arXiv:2601.10880).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from data_shards.batch import TripletBatch
+from data_shards.errors import UserError
+from trainer.losses import SetPredictionLoss
+from trainer.losses.matching import made_up_matches
+from trainer.losses.set_prediction import share_of_targets
+from trainer.losses.sets import ObjectSets, SetPrediction
+from trainer.models import SAM3
+from trainer.models.sam3 import SAM3Features
+from trainer.modules.optimization import RateSchedule, Schedule
+from trainer.modules.scoring import Prediction
+from trainer.modules.tuned import TunedModule
+from trainer.presence import TermAnswer, logged_rates
+from trainer.prompts.concepts import Concept, ConceptPrompts, concepts_of
+from trainer.prompts.exemplars import Exemplars
+from trainer.prompts.wording import Wording
+from trainer.ranks import every_rank
+from trainer.tuning import FullTuning, Tuning
+from trainer.tuning.base import Decay, freeze
+from trainer.volumes import Instances
+
+ASKED_AT_ONCE = 16
+"""Prompts that an evaluation asks at once: each takes some 200 MB at 1008 px, and an image may have a hundred terms."""
+
+
+class SAM3Module(TunedModule):
+    """Trains SAM3: every image is encoded once, and each of its terms is asked for, there or not.
+
+    A term with instances is learnt as these, one with a semantic mask alone as one instance. Terms that were looked for
+    and are absent (``data.init_args.negatives_per_image``) teach it to answer nothing.
+
+    In evaluation each term of an image is asked for alone, by its canonical text, and the mask of the most confident
+    query is scored, as in Medical SAM3, whatever its confidence; whether that reaches `threshold` is scored apart, for
+    terms that are there and for those that are absent.
+
+    Args:
+        model: The foundation model.
+        tuning: What learns, and how fast; all of it by default.
+        wording: What a concept is called; its canonical term by default, as in Medical SAM3.
+        exemplars: Boxes and points that are shown besides in training; null asks by text alone.
+        loss: What an answer costs.
+        threshold: Confidence from which an answer counts; ``trainer predict`` writes no mask below it.
+        answer: What is the mask of a term: ``best``, that of the most confident query, or ``semantic``, all of the term
+            in one mask, whose confidence is that of its presence.
+        resolve_overlaps: Whether a pixel in several terms' masks goes to the most confident one there. Medical SAM3's
+            evaluation does so; terms that lie inside each other (cup and disc) must not.
+        lr: Learning rate of what has no rate of its own.
+        weight_decay: AdamW's decay.
+        decay: What decays: ``matrices`` and kernels, or ``all``, norms and biases too.
+        betas: AdamW's averaging factors.
+        schedule: What follows the warm-up: ``constant``, ``cosine``, ``linear``, ``polynomial`` or ``inverse_sqrt``.
+        warmup_steps: Optimiser steps of linear warm-up.
+        cooldown_steps: The last optimiser steps, in which the rate falls linearly to `final_factor`.
+        power: Exponent of ``polynomial``.
+        timescale: Steps after the warm-up in which ``inverse_sqrt`` falls to 1/√2; null takes `warmup_steps`.
+        final_factor: Share of the rate that a falling schedule leaves at the end, in [0, 1].
+    """
+
+    model: SAM3
+
+    def __init__(
+        self,
+        model: SAM3,
+        tuning: Tuning | None = None,
+        wording: Wording | None = None,
+        exemplars: Exemplars | None = None,
+        loss: SetPredictionLoss | None = None,
+        threshold: float = 0.5,
+        answer: Literal["best", "semantic"] = "best",
+        resolve_overlaps: bool = False,
+        lr: float = 1e-4,
+        weight_decay: float = 0.1,
+        decay: Decay = "matrices",
+        betas: tuple[float, float] = (0.9, 0.999),
+        schedule: Schedule = "constant",
+        warmup_steps: int = 0,
+        cooldown_steps: int = 0,
+        power: float = 0.9,
+        timescale: int | None = None,
+        final_factor: float = 0.0,
+    ) -> None:
+        rates = RateSchedule(schedule, warmup_steps, cooldown_steps, power, timescale, final_factor)
+        super().__init__(model, tuning or FullTuning(freeze=()), lr, weight_decay, decay, betas, rates)
+        if not 0 <= threshold <= 1:
+            raise UserError(f"threshold is in [0, 1], not {threshold}")
+        if exemplars is not None and exemplars.points and model.point_encoder is None:
+            raise UserError("exemplars.points: the model was made without points: set model.init_args.points to true")
+        self.wording, self.exemplars = wording or Wording(), exemplars
+        self.loss = loss or SetPredictionLoss()
+        self.threshold, self.answer, self.resolve_overlaps = threshold, answer, resolve_overlaps
+        self.answers: list[tuple[int, TermAnswer]] = []
+        """What the evaluation that is running was told on this rank, each with its sample's position in the corpus."""
+        freeze(self.model, _unreached(self.model, self.loss, self.exemplars))
+        self.tuning.check_learns(self.model)
+        self._encoded: tuple[TripletBatch, SAM3Features] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse clips, besides what every module refuses.
+
+        Raises:
+            UserError: Clips, a precision that is not supported, or a schedule without an end.
+        """
+        super().setup(stage)
+        if stage == "fit":
+            self.refuse({"clip_length": 1}, "SAM3Module learns from single images")
+
+    def describe_prompts(self) -> dict[str, Any]:
+        """What an evaluation asks, as JSON."""
+        return {
+            "kind": "Text",
+            **self.wording.describe(),
+            "answer": self.answer,
+            "threshold": self.threshold,
+            "resolve_overlaps": self.resolve_overlaps,
+        }
+
+    def on_after_batch_transfer(self, batch: TripletBatch, dataloader_idx: int) -> TripletBatch:
+        """In an evaluation, each term of an image is one target: callbacks get the batch so, too."""
+        return batch if self.trainer.training else batch.by_term()
+
+    def forward(
+        self, batch: TripletBatch, concepts: Sequence[Concept], truth: ObjectSets, epoch: int | None = None
+    ) -> SetPrediction:
+        """Ask for concepts of a batch.
+
+        Args:
+            batch: B images.
+            concepts: P concepts in them.
+            truth: Their instances, which exemplars are drawn from.
+            epoch: The epoch in training, None in evaluation: wordings and exemplars are drawn accordingly.
+        """
+        asked = self._asked(concepts, epoch)
+        if epoch is not None and self.exemplars is not None:
+            asked = self.exemplars.show(asked, concepts, truth, epoch)
+        return self.model.detect(self._encode(batch), asked)
+
+    def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
+        """The set-prediction loss over all concepts of the batch, those that are there and those that are absent."""
+        concepts = concepts_of(batch)
+        if not concepts:  # every sample was damaged and skipped, or shows nothing that was looked for
+            share_of_targets(0, self.device)  # the other ranks count together with this one
+            return self.nothing_learnt()
+        truth = self._truth(batch, concepts)
+        losses = self.loss(self(batch, concepts, truth, self.current_epoch), truth)
+        shown = {f"train/{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(shown, batch_size=len(concepts), on_step=True, on_epoch=False)
+        return losses["loss"]
+
+    def rehearse(self, images: int, prompts: int) -> Tensor:
+        """Loss of a pass over made-up images: each of their concepts has one instance, and a text of its own."""
+        count, device, inside = images * prompts, self.device, self.model.preprocessing.image_size
+        features = self.model.encode(torch.zeros(images, 3, inside, inside, device=device))
+        tokens = torch.zeros(count, self.model.shape.context, dtype=torch.int64, device=device)
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        index = torch.arange(images, device=device).repeat_interleave(prompts)
+        asked = ConceptPrompts(index, [""] * count)
+        known = self.model.read_tokens(tokens, valid)
+        prediction = self.model.detect_tokens(features, known, valid, torch.arange(count, device=device), asked)
+        side = self._side()
+        masks = torch.zeros(count, side, side, device=device)
+        truth = ObjectSets([1] * count, torch.full((count, 4), 0.5, device=device), masks, masks)
+        matches = made_up_matches(count, len(prediction.logits), self.loss.many_matcher.topk)
+        return self.loss(prediction, truth, matches=matches)["loss"]
+
+    @torch.no_grad()
+    def predict_masks(self, batch: TripletBatch) -> Prediction:
+        """Find each term of a batch at native resolution: the mask of the most confident query."""
+        concepts = concepts_of(batch)
+        if not concepts:
+            return Prediction.none()
+        features = self._encode(batch)
+        self._encoded = (batch, features)
+        masks: list[Tensor] = [torch.zeros(0)] * len(batch.masks)
+        scores = torch.zeros(len(batch.masks))
+        absent, areas = [], []
+        for start in range(0, len(concepts), ASKED_AT_ONCE):
+            some = concepts[start : start + ASKED_AT_ONCE]
+            logits, confidence = self._answers(features, self._asked(some, None))
+            for p, concept in enumerate(some):
+                size = batch.images[concept.image].shape[-2:]
+                native = self.model.preprocessing.to_native(logits[p : p + 1], *size)[0]
+                if concept.rows:
+                    masks[concept.rows[0]] = native
+                    scores[concept.rows[0]] = confidence[p]
+                else:
+                    absent.append(confidence[p])
+                    areas.append((native > 0).sum() * (confidence[p] >= self.threshold))
+        if self.resolve_overlaps:
+            masks = _without_overlaps(masks, scores, batch.image_index)
+        return Prediction(
+            masks=[mask > 0 for mask in masks],
+            scores=scores,
+            boxes=torch.full((len(masks), 4), torch.nan),
+            points=torch.zeros(len(masks), 0, 2),
+            labels=torch.zeros(len(masks), 0, dtype=torch.int64),
+            absent=torch.stack(absent).float().cpu() if absent else torch.zeros(0),
+            absent_areas=torch.stack(areas).cpu() if areas else torch.zeros(0, dtype=torch.int64),
+        )
+
+    def evaluation_step(self, batch: TripletBatch) -> Prediction:
+        """Score every term that is there, and note what was said to all that were asked for."""
+        prediction = super().evaluation_step(batch)
+        areas = [int(mask.sum()) for mask in prediction.masks]
+        sure = [
+            area if score >= self.threshold else 0
+            for area, score in zip(areas, prediction.scores.tolist(), strict=True)
+        ]
+        there = zip(batch.image_index.tolist(), batch.terms, prediction.scores.tolist(), sure, strict=True)
+        gone = zip(
+            batch.absent_index.tolist(),
+            batch.absent_terms,
+            prediction.absent.tolist(),
+            prediction.absent_areas.tolist(),
+            strict=True,
+        )
+        for present, rows in ((True, there), (False, gone)):
+            for image, term, confidence, area in rows:
+                origin = batch.provenances[image]
+                answer = TermAnswer(
+                    key=batch.keys[image],
+                    term=term,
+                    modality=origin.modality,
+                    dataset=origin.dataset,
+                    present=present,
+                    confidence=confidence,
+                    area_px=area,
+                )
+                self.answers.append((batch.positions[image], answer))
+        return prediction
+
+    def predict_step(self, batch: TripletBatch, batch_idx: int) -> Prediction:
+        """Predict a batch: no mask where the confidence is below the threshold."""
+        prediction = self.predict_masks(batch)
+        sure = [score >= self.threshold for score in prediction.scores.tolist()]
+        return replace(prediction, masks=[mask & keep for mask, keep in zip(prediction.masks, sure, strict=True)])
+
+    @torch.no_grad()
+    def instances(self, batch: TripletBatch, terms: Sequence[Sequence[str]]) -> list[Instances]:
+        """Find all instances of some terms, whose confidence reaches the threshold, at native resolution.
+
+        Args:
+            batch: B images.
+            terms: For each of the images what is asked for.
+
+        Returns:
+            One for every image and term, in the order of the images.
+        """
+        wanted = [(image, term) for image, some in enumerate(terms) for term in some]
+        kept = self._encoded
+        features = kept[1] if kept is not None and kept[0] is batch else self._encode(batch)
+        found = []
+        for start in range(0, len(wanted), ASKED_AT_ONCE):
+            some = wanted[start : start + ASKED_AT_ONCE]
+            index = torch.tensor([image for image, _ in some])
+            asked = [_concept(batch, image, term) for image, term in some]
+            prediction = self.model.detect(features, ConceptPrompts(index, self.wording.say(asked, None)))
+            assert prediction.masks is not None
+            for p, (image, term) in enumerate(some):
+                confidence = prediction.confidence[p]
+                queries = (confidence >= self.threshold).nonzero()[:, 0]
+                size = batch.images[image].shape[-2:]
+                logits = prediction.masks.of(p, queries)
+                masks = self.model.preprocessing.to_native(logits, *size) > 0
+                found.append(Instances(image, term, masks, confidence[queries]))
+        return found
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the answers of the last evaluation."""
+        super().on_validation_epoch_start()
+        self.answers = []
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the answers of the last evaluation."""
+        super().on_test_epoch_start()
+        self.answers = []
+
+    def gathered_answers(self) -> list[TermAnswer]:
+        """Every rank's answers in corpus order, each once; at an evaluation's end, when all ranks ask."""
+        rows = {(position, answer.term): answer for part in every_rank(self.answers) for position, answer in part}
+        return [rows[place] for place in sorted(rows)]
+
+    def _log(self, stage: str, scores: Any) -> None:
+        super()._log(stage, scores)
+        self.log_dict(logged_rates(stage, self.gathered_answers(), self.threshold), sync_dist=True)
+
+    def _answers(self, features: SAM3Features, asked: ConceptPrompts) -> tuple[Tensor, Tensor]:
+        """Mask logits (P, h, w) and confidences (P,)."""
+        if self.answer == "best":
+            logits, confidence = self.model.decode(features, asked)
+            return logits[:, 0], confidence[:, 0]
+        found = self.model.detect(features, asked)
+        assert found.semantic is not None and found.presence is not None
+        return found.semantic, found.presence[-1].float().sigmoid()
+
+    def _encode(self, batch: TripletBatch) -> SAM3Features:
+        return self.model.encode(self.model.preprocessing.images(batch.images, self.device))
+
+    def _asked(self, concepts: Sequence[Concept], epoch: int | None) -> ConceptPrompts:
+        index = torch.tensor([concept.image for concept in concepts])
+        return ConceptPrompts(index, self.wording.say(concepts, epoch))
+
+    def _side(self) -> int:
+        """Side in pixels at which the loss compares masks."""
+        return self.model.mask_side if self.loss.mask_at == "head" else self.model.preprocessing.image_size
+
+    def _truth(self, batch: TripletBatch, concepts: Sequence[Concept]) -> ObjectSets:
+        """What is there: instances, at the side at which the loss compares masks."""
+        preprocessing, side = self.model.preprocessing, self._side()
+        rows = [row for concept in concepts for row in concept.rows]
+        wholes = [(p, concept.whole) for p, concept in enumerate(concepts) if concept.whole is not None]
+        parts = [(p, row) for p, c in enumerate(concepts) if c.whole is None for row in c.rows]
+        used = sorted({*rows, *(row for _, row in wholes + parts)})
+        place = {row: number for number, row in enumerate(used)}
+        masks = replace(preprocessing, image_size=side).masks([batch.masks[row] for row in used], self.device)
+        # boxes name their outermost pixels; edges lie one further on
+        edges = batch.boxes[rows] + torch.tensor([0.0, 0.0, 1.0, 1.0])
+        corners = preprocessing.boxes(edges, batch.sizes[rows])[0] / preprocessing.image_size
+        low, high = corners[:, :2], corners[:, 2:]
+        boxes = torch.cat([(low + high) / 2, high - low], dim=1).to(self.device, non_blocking=True)
+        semantic = torch.zeros(len(concepts), side, side, device=self.device)
+        owners = torch.tensor([p for p, _ in wholes + parts], dtype=torch.int64, device=self.device)
+        shown = masks[[place[row] for _, row in wholes + parts]]
+        semantic = semantic.index_add(0, owners, shown).clamp(max=1)
+        return ObjectSets(
+            counts=[len(concept.rows) for concept in concepts],
+            boxes=boxes,
+            masks=masks[[place[row] for row in rows]],
+            semantic=semantic,
+        )
+
+
+def _concept(batch: TripletBatch, image: int, term: str) -> Concept:
+    """A term to ask for in an image of which nothing is known but where it is from."""
+    origin = batch.provenances[image]
+    return Concept(image, term, (), None, (), origin.modality, origin.axis, (batch.positions[image], 0))
+
+
+def _unreached(model: SAM3, loss: SetPredictionLoss, exemplars: Exemplars | None) -> list[str]:
+    """Parts of the model that no gradient reaches: DDP would wait for it, and weight decay would wear them away."""
+    return [*_unasked(model, exemplars), *_unlearnt(loss)]
+
+
+def _unasked(model: SAM3, exemplars: Exemplars | None) -> list[str]:
+    """What encodes exemplars that are never shown."""
+    boxes, points = (exemplars.boxes, exemplars.points) if exemplars is not None else (0, 0)
+    parts = [] if boxes else ["boxes_direct_project", "boxes_pool_project", "boxes_pos_enc_project"]
+    parts += [] if boxes or points else ["label_embed", "vision_layer_norm"]
+    beside = [] if points or model.point_encoder is None else ["point_encoder"]
+    return [*(f"geometry_encoder.{part}" for part in parts), *beside]
+
+
+def _unlearnt(loss: SetPredictionLoss) -> list[str]:
+    """What gives masks that no term of the loss has a weight for."""
+    instances = loss.weights["mask_loss"] or loss.weights["dice_loss"]
+    semantic = loss.weights["semantic_loss"] or loss.weights["semantic_dice"]
+    if not instances and not semantic:
+        # nor are the finer features used that only masks are made of
+        return ["mask_decoder", "vision_encoder.neck.fpn_layers.0", "vision_encoder.neck.fpn_layers.1"]
+    parts = [] if semantic else ["mask_decoder.semantic_projection"]
+    return parts if instances else [*parts, "mask_decoder.mask_embedder", "mask_decoder.instance_projection"]
+
+
+def _without_overlaps(masks: Sequence[Tensor], scores: Tensor, image_index: Tensor) -> list[Tensor]:
+    """Give each pixel to the term that is most confident there; elsewhere it is outside.
+
+    Args:
+        masks: Q logits (H, W).
+        scores: (Q,) confidences.
+        image_index: (Q,) the image of each.
+    """
+    resolved = list(masks)
+    for image in image_index.unique().tolist():
+        mine = [q for q, owner in enumerate(image_index.tolist()) if owner == image]
+        logits = torch.stack([masks[q] for q in mine])
+        confidence = logits.sigmoid() * scores[mine].to(logits)[:, None, None]
+        winner = confidence.masked_fill(logits <= 0, -1).argmax(0)
+        for place, q in enumerate(mine):
+            resolved[q] = torch.where(winner == place, masks[q], -1.0)
+    return resolved

@@ -1,0 +1,119 @@
+"""What every training module shares: a model, what learns of it, and how its optimiser is made.
+
+Shapes: none; a family's module names its own.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from data_shards.errors import UserError
+from trainer.models import SegmentationModel
+from trainer.modules.optimization import RateSchedule, adamw, guard_gradients
+from trainer.modules.scoring import ScoredModule
+from trainer.tuning import Tuning
+from trainer.tuning.base import Decay
+
+
+class TunedModule(ScoredModule):
+    """Trains a model by a tuning method with AdamW; a family says what is asked and what an answer costs.
+
+    Args:
+        model: The foundation model; the tuning method is applied to it.
+        tuning: What learns, and how fast.
+        lr: Learning rate of what has no other.
+        weight_decay: AdamW's decay.
+        decay: What decays: ``matrices`` and kernels, or ``all``.
+        betas: AdamW's averaging factors.
+        schedule: Factor on every rate by step.
+    """
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        tuning: Tuning,
+        lr: float,
+        weight_decay: float,
+        decay: Decay,
+        betas: tuple[float, float],
+        schedule: RateSchedule,
+    ) -> None:
+        super().__init__()
+        if not 0 < lr < inf or not 0 <= weight_decay < inf or not all(0 <= beta < 1 for beta in betas):
+            raise UserError(
+                f"lr is above 0, weight_decay is 0 or more, betas in [0, 1): here lr is {lr}, weight_decay "
+                f"{weight_decay}, betas {betas}"
+            )
+        self.model, self.tuning = model, tuning
+        self.lr, self.weight_decay, self.decay, self.betas = lr, weight_decay, decay, betas
+        self.schedule = schedule
+        self.tuning.apply(self.model)
+
+    @abstractmethod
+    def describe_prompts(self) -> dict[str, Any]:
+        """What an evaluation asks, as JSON."""
+
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that is not supported, and a schedule without an end.
+
+        Raises:
+            UserError: One of them.
+        """
+        precision = str(self.trainer.precision)
+        if precision.endswith("-true") and precision != "32-true":
+            raise UserError(f"trainer.precision {precision} is not supported: take bf16-mixed or 32-true")
+        if stage == "fit" and self.schedule.needs_end and self.trainer.max_steps < 0 and self.trainer.max_epochs == -1:
+            raise UserError(
+                f"schedule {self.schedule.shape} needs to know the end: set trainer.max_steps or trainer.max_epochs"
+            )
+
+    def refuse(self, arguments: dict[str, Any], why: str) -> None:
+        """Refuse what a data module may be told and this module does not use.
+
+        Args:
+            arguments: For each argument of the data module the value that leaves it out.
+            why: Why, in a few words.
+
+        Raises:
+            UserError: One has another value.
+        """
+        for name, alone in arguments.items():
+            given = getattr(self.trainer.datamodule, name, alone)
+            if given != alone:
+                raise UserError(f"data.init_args.{name} {given}: {why}: leave it out")
+
+    def nothing_learnt(self) -> Tensor:
+        """Loss of a batch with nothing in it: zero, with zero gradients, so that other ranks do not wait."""
+        return torch.stack([(p * 0).sum() for p in self.parameters() if p.requires_grad]).sum()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the tuning method's groups."""
+        groups = self.tuning.parameter_groups(self.model, self.lr, self.weight_decay, self.decay)
+        return adamw(groups, self.betas, self.schedule, self._total_steps())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm over all ranks' shards, and log it."""
+        guard_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _total_steps(self) -> int:
+        """Optimiser steps of the whole run.
+
+        Not `Trainer.estimated_stepping_batches`: that sets up the loaders before a checkpoint is restored, and the
+        loader's state would then be dropped without a word.
+        """
+        trainer = self.trainer
+        ends = [trainer.max_steps] if trainer.max_steps > 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            ends.append(trainer.max_epochs * trainer.datamodule.steps_per_epoch)
+        return min(ends, default=1)
