@@ -20,6 +20,7 @@ Purpose = Literal[
     "clicks",
     "exemplars",
     "wording",
+    "terms",
 ]
 _TAGS: dict[Purpose, int] = {
     "negatives": 0x6E656761,
@@ -32,6 +33,7 @@ _TAGS: dict[Purpose, int] = {
     "clicks": 0x636C6963,
     "exemplars": 0x6578656D,
     "wording": 0x776F7264,
+    "terms": 0x7465726D,
 }
 """Set streams apart from each other, and from those of orders, targets and boxes, which begin with (seed, epoch)."""
 

@@ -142,6 +142,22 @@ def packed_is_sane(found: dict[str, Any]) -> bool:
     )
 
 
+def matcher_is_sane(found: dict[str, Any]) -> bool:
+    rows = {str(number) for number in found["targets"]}
+    syncs = found["syncs"]["10"]
+    per_layer = 2 * 3 * found["layers"] - 2  # of each layer counts, costs and indices; of the one-to-many layer one
+    per_image = 2 * 3 * (2 * found["layers"] - 1) + 3  # of each of three prompts costs and indices
+    return (
+        rows == found["milliseconds"].keys() == found["syncs"].keys() == found["ratio"].keys()
+        and positive(found["milliseconds"])
+        and syncs["batched"] == 1 == found["loss_syncs"]["10"]
+        and (found["counted"] != "calls" or (syncs["per_layer"], syncs["per_image"]) == (per_layer, per_image))
+        and found["bar"] == {"value": 1, "needed": 1, "met": True}
+        and found["ratio"]["10"]
+        == pytest.approx(found["milliseconds"]["10"]["per_image"] / found["milliseconds"]["10"]["batched"], rel=0.01)
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "size", "is_sane"),
     [
@@ -150,6 +166,7 @@ def packed_is_sane(found: dict[str, Any]) -> bool:
         ("index.py", ("--samples", "3000", "--repeats", "1"), index_is_sane),
         ("readers.py", ("--samples", "48"), alone_is_sane),
         ("packed.py", ("--pairs", "3", "--rounds", "1", "--models", "1"), packed_is_sane),
+        ("matcher.py", ("--prompts", "4", "--layers", "2", "--rounds", "1"), matcher_is_sane),
         pytest.param("loader.py", ("--samples", "48"), loader_is_sane, marks=pytest.mark.slow),
     ],
 )
@@ -165,7 +182,7 @@ def test_the_last_line_is_what_the_docstring_says(name: str, size: tuple[str, ..
 
 
 def test_every_benchmark_is_run_above() -> None:
-    assert NAMES == ["index.py", "loader.py", "packed.py", "readers.py", "samples.py", "shards.py"]
+    assert NAMES == ["index.py", "loader.py", "matcher.py", "packed.py", "readers.py", "samples.py", "shards.py"]
 
 
 @pytest.fixture

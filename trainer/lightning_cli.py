@@ -39,7 +39,7 @@ from trainer.run import Run
 
 _FIXED_DATA = (
     *("batch_size", "targets_per_image", "seed", "sampling", "kinds", "only_with_targets", "negatives_per_image"),
-    *("clip_length", "clip_step"),
+    *("hard_negatives", "clip_length", "clip_step"),
 )
 """Arguments of the data module that decide which samples a step sees; how a step is cut up may change."""
 
@@ -304,7 +304,7 @@ def fixes_a_training(key: str) -> bool:
     """Whether a dotted key may not change between the parts of one training."""
     name = key.rpartition(".")[2]
     return (
-        (key.startswith("model.") and name not in ("weights", "weights_sha256"))
+        (key.startswith("model.") and name not in ("weights", "weights_sha256", "tokenizer"))
         or key in {f"data.init_args.{name}" for name in _FIXED_DATA}
         or key
         in ("seed_everything", "trainer.precision", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm")

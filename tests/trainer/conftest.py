@@ -63,7 +63,7 @@ def real_slice(template: np.ndarray) -> Callable[[str], Tensor]:
 
 @pytest.fixture(scope="session")
 def shape_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of slices with a bright disc, a dark square, or both: 10 to train on, 5 to validate, 5 to test, 48 × 40."""
+    """Shards of slices with a bright disc, a dark square, or both: 10 to train on, 5 to validate, 5 to test."""
     folder = tmp_path_factory.mktemp("shapes")
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:48, :40]

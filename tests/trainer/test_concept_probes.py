@@ -29,12 +29,17 @@ from trainer.callbacks.concept_probes import (
     present_concepts,
     truth_of,
 )
+from trainer.callbacks.evaluation import EvaluationRecord
 from trainer.models import SegmentationModel
 from trainer.models.preprocessing import Preprocessing
+from trainer.models.sam3 import SAM3, SAM3Shape
+from trainer.modules.sam3 import SAM3Module
 from trainer.modules.scoring import Prediction, ScoredModule
+from trainer.presence import read_answers
 from trainer.prompts.concepts import ConceptPrompts
 from trainer.prompts.wording import Wording
 from trainer.run import read_json
+from trainer.scores import read_scores
 
 SIDE = 40
 SHIFTS = {"liver": 0, "hepar": 2, "jecur": 10, "spleen": 5, "lien": 5}
@@ -126,7 +131,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def score(shards: Path, root: Path, callbacks: Sequence[Callback], module: Any = None, ranks: int = 1) -> Any:
+def score(
+    shards: Path, root: Path, callbacks: Sequence[Callback], module: Any = None, ranks: int = 1, data: Any = None
+) -> Any:
     module = module or Namer()
     trainer = Trainer(
         accelerator="cpu",
@@ -139,9 +146,8 @@ def score(shards: Path, root: Path, callbacks: Sequence[Callback], module: Any =
         enable_checkpointing=False,
         callbacks=list(callbacks),
     )
-    trainer.test(
-        module, datamodule=TripletDataModule(test=str(shards), micro_batch_size=2, batch_size=2), verbose=False
-    )
+    data = data or TripletDataModule(test=str(shards), micro_batch_size=2, batch_size=2)
+    trainer.test(module, datamodule=data, verbose=False)
     return module
 
 
@@ -262,3 +268,42 @@ def test_mistakes_are_one_line(shards: Path, tmp_path: Path) -> None:
         module.wording = None  # type: ignore[assignment]
         with pytest.raises(UserError, match=f"{kind.__name__} asks in words"):
             score(shards, tmp_path, [kind()], module)
+
+
+def test_the_probes_and_the_evaluation_of_sam3_agree(tmp_path: Path) -> None:
+    shape = SAM3Shape(
+        width=32, depth=2, heads=2, mlp=64, global_blocks=(1,), window=4, pretrained_size=56,
+        text_width=32, text_depth=1, text_heads=2, text_mlp=64, context=8,
+        hidden=32, hidden_heads=4, hidden_mlp=64, geometry_layers=1, encoder_layers=1, decoder_layers=2, queries=5,
+    )  # fmt: skip
+    with ShardWriter(tmp_path / "external-toy", 50, 2**20) as writer:
+        for number in range(4):
+            writer.write(f"s-{number}", triplet(number).encode())
+    write_index(tmp_path / "external-toy")
+    torch.manual_seed(0)
+    module = SAM3Module(SAM3(shape, 112, weights=None), threshold=0.0)
+    module.model._tokenizer = letters
+    data = TripletDataModule(test=str(tmp_path / "external-toy"), micro_batch_size=2, evaluated_negatives=2)
+    score(tmp_path, tmp_path / "run", [EvaluationRecord(), SynonymProbe(), BoxGivenProbe()], module, data=data)
+    folder = tmp_path / "run" / "evaluation" / "untouched-external-toy"
+    scores = read_scores(folder / "per_case.csv")
+    assert [(one.key, one.term) for one in scores] == [
+        ("s-0", "liver"), ("s-0", "spleen"), ("s-1", "spleen"), ("s-2", "bone"),
+    ]  # fmt: skip
+    by_text = read_json(folder / "boxes_given.json")["dsc"]["text"]
+    assert by_text == pytest.approx(np.mean([one.dsc for one in scores]), abs=1e-4)
+    answers = read_answers(folder / "presence.csv")
+    assert [(one.key, one.term) for one in answers if not one.present] == [(f"s-{n}", "kidney") for n in range(4)]
+    assert sum(one.present for one in answers) == 4
+    rates = read_json(folder / "presence.json")["groups"][0]
+    assert (rates["present"], rates["absent"], rates["found"], rates["false_positives"]) == (4, 4, 1.0, 1.0)
+    with (folder / "synonyms.csv").open(newline="") as handle:
+        row = next(csv.DictReader(handle))
+    assert float(row["canonical_dsc"]) == pytest.approx(scores[0].dsc, abs=1e-4)
+
+
+def letters(texts: Any) -> tuple[Tensor, Tensor]:
+    """Tokens without a vocabulary."""
+    rows = [([49406] + [ord(letter) for letter in text[:6]] + [49407] + [0] * 8)[:8] for text in texts]
+    tokens = torch.tensor(rows)
+    return tokens, tokens != 0

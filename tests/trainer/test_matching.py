@@ -10,7 +10,7 @@ from object_sets import GOLDEN, drawn_sets
 from torch import Tensor
 
 from data_shards.errors import UserError
-from trainer.losses import HungarianMatcher, ObjectSets, OneToManyMatcher, Pairs, SetPrediction
+from trainer.losses import HungarianMatcher, ObjectSets, OneToManyMatcher, Pairs, SetPrediction, matching
 from trainer.losses.boxes import overlap
 from trainer.losses.matching import match
 
@@ -25,6 +25,11 @@ def test_matches_are_the_official_ones(path):
 
 def boxes(*rows: tuple[float, float, float, float]) -> Tensor:
     return torch.tensor(rows)
+
+
+def test_all_recorded_files_are_here():
+    kinds = [path.name[0] for path in sorted((GOLDEN / "sam3").glob("*.npz"))]
+    assert {kind: kinds.count(kind) for kind in "abcd"} == {"a": 9, "b": 9, "c": 12, "d": 3} and len(kinds) == 33
 
 
 def test_overlap_by_hand():
@@ -56,6 +61,14 @@ def test_costs_hold_no_padding_and_each_target_meets_its_own_prompt():
     alone = ObjectSets([3], targets.boxes[2:])
     last = HungarianMatcher().costs(prediction.logits[:, 2:], prediction.boxes[:, 2:], alone)
     torch.testing.assert_close(costs[:, 2:], last)
+
+
+def test_costs_are_the_same_in_pieces(monkeypatch):
+    prediction, targets = drawn_sets([2, 0, 3])
+    whole = HungarianMatcher().costs(prediction.logits, prediction.boxes, targets)
+    for held in (1, 25, 1000):
+        monkeypatch.setattr(matching, "CACHED", held)
+        assert torch.equal(HungarianMatcher().costs(prediction.logits, prediction.boxes, targets), whole)
 
 
 def test_every_layer_and_prompt_is_solved_at_the_least_sum():

@@ -22,13 +22,13 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def plan(trainer_command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Plan, and return what ``--json -`` prints; nothing is read, and nothing written."""
+    """Plan without the table of memory, and return what ``--json -`` prints; nothing is read, and nothing written."""
 
     def no_weights(*_: object) -> None:
         raise AssertionError("weights were read")
 
     def run(*arguments: object) -> dict[str, Any]:
-        code, out, err = trainer_command("plan", *arguments, "--json", "-")
+        code, out, err = trainer_command("plan", *arguments, "--no-memory", "--json", "-")
         assert (code, err) == (0, ""), err
         assert not list(tmp_path.iterdir()), "something was written"
         found: dict[str, Any] = json.loads(out)
@@ -98,7 +98,7 @@ def test_layer_decay_has_a_rate_for_each_depth(plan: Callable[..., dict[str, Any
         (0.01, 7_091_328 - norms_and_biases),
         (0.0, norms_and_biases),
     ]
-    code, out, _ = trainer_command("plan", MEDSAM / "layer_decay.yaml")
+    code, out, _ = trainer_command("plan", MEDSAM / "layer_decay.yaml", "--no-memory")
     assert code == 0
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert "depth 5 7,091,328 3.36e-05 0.01; 0 for 9,984" in lines
@@ -111,7 +111,7 @@ def test_what_lora_adds_is_told_apart(plan: Callable[..., dict[str, Any]], train
     added = 12 * 16 * ((768 + 3 * 768) + (768 + 768) + 2 * (768 + 4 * 768))  # rank 16: qkv, projection, MLP's two
     assert found["image_encoder added"] == (added, added)
     assert found["image_encoder"] == (89_670_912, 0)
-    _, out, _ = trainer_command("plan", MEDSAM / "lora.yaml")
+    _, out, _ = trainer_command("plan", MEDSAM / "lora.yaml", "--no-memory")
     assert "trainer.tuning.LoRATuning: rank 16, alpha 32" in out
     assert " ".join(["image_encoder, added", f"{added:,}", f"{added:,}", "100.0%"]) in " ".join(out.split())
 
@@ -138,7 +138,7 @@ def test_the_plan_is_what_the_optimiser_gets(
 
 def test_rates_that_depth_does_not_tell_apart_are_named(tiny_recipe: Path, trainer_command: Command) -> None:
     rates = "{mask_decoder: 0.5, mask_decoder.upscale_conv1: 0.25}"
-    code, out, err = trainer_command("plan", tiny_recipe, f"--{TUNING}.rates", rates)
+    code, out, err = trainer_command("plan", tiny_recipe, f"--{TUNING}.rates", rates, "--no-memory")
     assert code == 0, err
     decoder = out[out.index("mask_decoder ") :]
     assert "  upscale_conv1.weight and 1 more" in decoder and "0.00025" in decoder and "0.0005" in decoder
@@ -148,7 +148,7 @@ def test_clipping_and_an_average_are_told(tiny_recipe: Path, tmp_path: Path, tra
     content = content_of(tiny_recipe)
     content["trainer"] |= {"callbacks": [{"class_path": "trainer.callbacks.EMA"}], "gradient_clip_val": 0.1}
     recipe = write(tmp_path / "averaged.yaml", content)
-    code, out, err = trainer_command("plan", recipe, "--json", tmp_path / "plan.json")
+    code, out, err = trainer_command("plan", recipe, "--no-memory", "--json", tmp_path / "plan.json")
     assert code == 0, err
     saved = json.loads((tmp_path / "plan.json").read_text())
     assert saved["memory_bytes"]["average"] == saved["memory_bytes"]["gradients"] > 0
@@ -164,7 +164,7 @@ def test_a_quantised_plan_says_that_it_is_none(tiny_recipe: Path, tmp_path: Path
         "class_path": "trainer.tuning.LoRATuning",
         "init_args": {"quantize": "4bit"},
     }
-    code, out, err = trainer_command("plan", write(tmp_path / "qlora.yaml", content))
+    code, out, err = trainer_command("plan", write(tmp_path / "qlora.yaml", content), "--no-memory")
     assert (code, err) == (0, "")
     assert "note: quantize 4bit: planned as if not" in out
 

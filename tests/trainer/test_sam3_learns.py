@@ -1,4 +1,4 @@
-"""SAM3 from random weights learns real slices by heart: terms apart in one image, and nothing where a term is absent."""
+"""SAM3 from random weights learns real slices by heart: terms apart in an image, and nothing where one is absent."""
 
 from __future__ import annotations
 

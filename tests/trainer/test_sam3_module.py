@@ -19,10 +19,11 @@ from torch import Tensor
 from data_shards.batch import Sample, TripletBatch, collate
 from data_shards.errors import UserError
 from data_shards.triplet import Provenance, Target, Triplet
-from trainer.losses import SetPredictionLoss
+from trainer.losses import ObjectSets, SetPredictionLoss
 from trainer.modules import SAM3Module
-from trainer.modules.sam3 import _without_overlaps
+from trainer.modules.concepts import objects_of, without_overlaps
 from trainer.prompts import Exemplars, Wording, concepts_of
+from trainer.prompts.concepts import drawn_terms
 from trainer.prompts.exemplars import ALONE
 from trainer.tuning import FullTuning
 
@@ -57,6 +58,10 @@ def module(**arguments: Any) -> SAM3Module:
     return made
 
 
+def truth_of(made: SAM3Module, batch: TripletBatch) -> ObjectSets:
+    return objects_of(batch, concepts_of(batch), made.model.preprocessing, made._side(), made.device)
+
+
 def test_the_truth_is_what_the_masks_say() -> None:
     batch = make_batch()
     concepts = concepts_of(batch)
@@ -66,7 +71,7 @@ def test_the_truth_is_what_the_masks_say() -> None:
         (0, "gland", ()),
         (1, "nucleus", ()),
     ]
-    truth = module()._truth(batch, concepts)
+    truth = truth_of(module(), batch)
     assert truth.counts == [1, 2, 0, 0]
     # the second nucleus fills columns 30 to 41 of 60 and rows 20 to 39 of 40, both ends included
     expected = torch.tensor([[0.5, 0.5, 1, 1], [0.2, 0.2, 0.2, 0.2], [0.6, 0.75, 0.2, 0.5]])
@@ -75,7 +80,7 @@ def test_the_truth_is_what_the_masks_say() -> None:
     torch.testing.assert_close(truth.masks.mean((1, 2)), torch.tensor([1.0, 0.04, 0.1]), atol=0.02, rtol=0)
     torch.testing.assert_close(truth.semantic[1], (truth.masks[1] + truth.masks[2]).clamp(max=1))
     assert truth.semantic[2:].sum() == 0
-    at_target = module(loss=SetPredictionLoss(mask_at="target"))._truth(batch, concepts)
+    at_target = truth_of(module(loss=SetPredictionLoss(mask_at="target")), batch)
     assert at_target.masks.shape == (3, SIDE, SIDE)
 
 
@@ -111,7 +116,7 @@ def test_exemplars_show_an_instance_of_what_is_there() -> None:
     batch = make_batch()
     concepts = concepts_of(batch)
     made = module(exemplars=Exemplars(share=1.0, boxes=1, alone=1.0, seed=5))
-    truth, asked = made._truth(batch, concepts), made._asked(concepts, 0)
+    truth, asked = truth_of(made, batch), made._asked(concepts, 0)
     shown = made.exemplars.show(asked, concepts, truth, epoch=0)
     assert shown.texts == [ALONE, ALONE, "gland", "nucleus"]
     assert shown.box_labels.tolist() == [[1], [1], [-1], [-1]]
@@ -128,7 +133,7 @@ def test_points_lie_on_their_instance() -> None:
     batch = make_batch()
     concepts = concepts_of(batch)
     made = SAM3Module(make(points=True), exemplars=Exemplars(share=1.0, boxes=0, points=1))
-    truth, asked = made._truth(batch, concepts), made._asked(concepts, 0)
+    truth, asked = truth_of(made, batch), made._asked(concepts, 0)
     for epoch in range(5):
         shown = made.exemplars.show(asked, concepts, truth, epoch)
         assert shown.boxes is None and shown.point_labels.tolist() == [[1], [1], [-1], [-1]]
@@ -183,7 +188,7 @@ def test_an_evaluation_scores_terms_and_notes_what_was_said_of_absent_ones() -> 
 def test_overlaps_go_to_the_surest_term() -> None:
     logits = torch.full((3, 4, 4), -3.0)
     logits[0, :, :3], logits[1, :, 2:], logits[2] = 3.0, 2.0, 4.0
-    resolved = _without_overlaps(list(logits), torch.tensor([0.5, 0.9, 0.1]), torch.tensor([0, 0, 1]))
+    resolved = without_overlaps(list(logits), torch.tensor([0.5, 0.9, 0.1]), torch.tensor([0, 0, 1]))
     masks = torch.stack([mask > 0 for mask in resolved])
     assert masks[0].sum() == 8 and masks[1].sum() == 8 and not (masks[0] & masks[1]).any()
     assert masks[2].all()  # another image
@@ -313,3 +318,20 @@ def test_clips_are_refused(shape_shards: Path, tmp_path: Path, trainer_command: 
     path.write_text(yaml.safe_dump(content))
     code, _, error = trainer_command("fit", "-c", path, "--data.init_args.clip_length", "2")
     assert code == 2 and "clip_length 2" in error and "Traceback" not in error
+
+
+def test_some_terms_of_an_image_are_drawn_anew_each_epoch() -> None:
+    batch = make_batch()
+    concepts = concepts_of(batch)
+    assert drawn_terms(concepts, None, 0) == concepts == drawn_terms(concepts, 2, 0)
+    drawn = [drawn_terms(concepts, 1, epoch) for epoch in range(10)]
+    assert {part[0].term for part in drawn} == {"stroma", "nucleus"}
+    assert all([c.term for c in part[1:]] == ["gland", "nucleus"] for part in drawn)  # absent ones stay
+    assert drawn_terms(concepts, 1, 3) == drawn[3]
+
+
+def test_a_part_of_the_instances_is_refused(shape_shards: Path, tmp_path: Path, trainer_command: Any) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(small(RECIPES[0].with_name("tiny.yaml"), shape_shards, tmp_path / "run")))
+    code, _, error = trainer_command("fit", "-c", path, "--data.init_args.targets_per_image", "1")
+    assert code == 2 and "terms_per_image" in error and "Traceback" not in error

@@ -74,6 +74,7 @@ def test_every_layout_is_recognised(meta, ours):
     assert shapes(to_ours(hub)) == shapes(to_ours(ours)) == shapes(ours)
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_what_video_needs_is_the_trackers():
     """The names of Meta's own file, which holds both: nothing of it is taken for ours by mistake."""
     state = dict(released(video=True).state_dict())

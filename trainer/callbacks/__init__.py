@@ -1,6 +1,7 @@
 """What happens beside the training: checkpoints, records, progress."""
 
 from trainer.callbacks.checkpoint import RunCheckpoint
+from trainer.callbacks.concept_probes import BoxGivenProbe, SynonymProbe
 from trainer.callbacks.ema import EMA
 from trainer.callbacks.evaluation import EvaluationRecord
 from trainer.callbacks.panels import ValidationPanels
@@ -11,9 +12,11 @@ from trainer.callbacks.record import RunRecord
 from trainer.callbacks.throughput import Throughput
 from trainer.callbacks.trace import SampleTrace
 from trainer.callbacks.validation import ValidationRecord
+from trainer.callbacks.volumes import VolumeRecord
 
 __all__ = [
     "EMA",
+    "BoxGivenProbe",
     "BoxJitterProbe",
     "EvaluationRecord",
     "PredictionRecord",
@@ -22,7 +25,9 @@ __all__ = [
     "RunCheckpoint",
     "RunRecord",
     "SampleTrace",
+    "SynonymProbe",
     "Throughput",
     "ValidationPanels",
     "ValidationRecord",
+    "VolumeRecord",
 ]

@@ -1,7 +1,7 @@
 """Which query answers for which target.
 
 Shapes: L decoder layers, P prompts, Q queries, N targets (packed, one prompt after another), K matched pairs.
-All costs are computed in one go on the device and cross to the host in one copy a step.
+All layers' costs are computed in one go on the device and cross to the host in one copy a step.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class HungarianMatcher:
             self._costs(said[:, place], target)
             for place, target in zip(places.flatten().split(size), wanted.split(size), strict=True)
         ]
-        return torch.cat(parts).view(layers, -1, queries)
+        return torch.cat(parts).view(layers, len(targets.boxes), queries)
 
     def _costs(self, said: Tensor, wanted: Tensor) -> Tensor:
         """Costs (M, Q) of class terms and boxes (5, M, Q) for one target (M, 1, 4) each."""

@@ -24,7 +24,7 @@ from trainer.models.recomputing import recompute_layers
 from trainer.models.sam3_decoding import Detection
 from trainer.models.sam3_names import to_ours
 from trainer.models.sam3_regularisation import regularise, start_as_official
-from trainer.models.sam3_shape import SAM3Shape, check_sizes, config_of
+from trainer.models.sam3_shape import VOCABULARY, SAM3Shape, check_sizes, config_of
 from trainer.models.tokenizer import TextTokenizer, make_tokenizer
 from trainer.models.weights import load_strictly, read_weights, source_of
 from trainer.prompts.concepts import ConceptPrompts
@@ -132,7 +132,10 @@ class SAM3(SegmentationModel):
             UserError: There is none beside the weights, nor in an installed package.
         """
         if self._tokenizer is None:
-            self._tokenizer = make_tokenizer(self._arguments["tokenizer"], self.source, self.shape.context)
+            found = make_tokenizer(self._arguments["tokenizer"], self.source, self.shape.context)
+            if found.vocabulary > VOCABULARY:
+                raise UserError(f"tokenizer: it has {found.vocabulary:,} tokens, SAM3's text encoder {VOCABULARY:,}")
+            self._tokenizer = found
         return self._tokenizer
 
     def encode(self, images: Tensor) -> SAM3Features:

@@ -8,6 +8,9 @@ from transformers import Sam3Config
 
 from data_shards.errors import UserError
 
+VOCABULARY = 49_408
+"""Tokens that the text encoder knows: CLIP's."""
+
 
 @dataclass(frozen=True)
 class SAM3Shape:
@@ -87,7 +90,7 @@ def config_of(shape: SAM3Shape, image_size: int, dropout: float = 0.0, attention
         },
         text_config={
             "model_type": "clip_text_model",
-            "vocab_size": 49408,
+            "vocab_size": VOCABULARY,
             "hidden_size": shape.text_width,
             "intermediate_size": shape.text_mlp,
             "projection_dim": shape.text_width // 2,

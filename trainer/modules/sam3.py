@@ -22,11 +22,12 @@ from trainer.losses.set_prediction import share_of_targets
 from trainer.losses.sets import ObjectSets, SetPrediction
 from trainer.models import SAM3
 from trainer.models.sam3 import SAM3Features
+from trainer.modules.concepts import objects_of, term_answers, unreached, without_overlaps
 from trainer.modules.optimization import RateSchedule, Schedule
 from trainer.modules.scoring import Prediction
 from trainer.modules.tuned import TunedModule
 from trainer.presence import TermAnswer, logged_rates
-from trainer.prompts.concepts import Concept, ConceptPrompts, concepts_of
+from trainer.prompts.concepts import Concept, ConceptPrompts, concepts_of, drawn_terms
 from trainer.prompts.exemplars import Exemplars
 from trainer.prompts.wording import Wording
 from trainer.ranks import every_rank
@@ -54,6 +55,8 @@ class SAM3Module(TunedModule):
         wording: What a concept is called; its canonical term by default, as in Medical SAM3.
         exemplars: Boxes and points that are shown besides in training; null asks by text alone.
         loss: What an answer costs.
+        terms_per_image: How many of the terms that an image shows are asked for in an epoch, drawn anew each time; null
+            asks for all. Each takes memory (`trainer plan` says how much); absent terms come on top.
         threshold: Confidence from which an answer counts; ``trainer predict`` writes no mask below it.
         answer: What is the mask of a term: ``best``, that of the most confident query, or ``semantic``, all of the term
             in one mask, whose confidence is that of its presence.
@@ -80,6 +83,7 @@ class SAM3Module(TunedModule):
         wording: Wording | None = None,
         exemplars: Exemplars | None = None,
         loss: SetPredictionLoss | None = None,
+        terms_per_image: int | None = None,
         threshold: float = 0.5,
         answer: Literal["best", "semantic"] = "best",
         resolve_overlaps: bool = False,
@@ -98,26 +102,30 @@ class SAM3Module(TunedModule):
         super().__init__(model, tuning or FullTuning(freeze=()), lr, weight_decay, decay, betas, rates)
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold is in [0, 1], not {threshold}")
+        if terms_per_image is not None and terms_per_image < 1:
+            raise UserError(f"terms_per_image {terms_per_image}: 1 or more, or null for all")
         if exemplars is not None and exemplars.points and model.point_encoder is None:
             raise UserError("exemplars.points: the model was made without points: set model.init_args.points to true")
         self.wording, self.exemplars = wording or Wording(), exemplars
-        self.loss = loss or SetPredictionLoss()
+        self.loss, self.terms_per_image = loss or SetPredictionLoss(), terms_per_image
         self.threshold, self.answer, self.resolve_overlaps = threshold, answer, resolve_overlaps
         self.answers: list[tuple[int, TermAnswer]] = []
         """What the evaluation that is running was told on this rank, each with its sample's position in the corpus."""
-        freeze(self.model, _unreached(self.model, self.loss, self.exemplars))
+        freeze(self.model, unreached(self.model, self.loss, self.exemplars))
         self.tuning.check_learns(self.model)
         self._encoded: tuple[TripletBatch, SAM3Features] | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuse clips, besides what every module refuses.
+        """Refuse clips and drawn targets, besides what every module refuses.
 
         Raises:
-            UserError: Clips, a precision that is not supported, or a schedule without an end.
+            UserError: Clips, a part of a term's instances, a wrong precision, or a schedule without an end.
         """
         super().setup(stage)
         if stage == "fit":
             self.refuse({"clip_length": 1}, "SAM3Module learns from single images")
+            why = "SAM3Module learns all instances of a term at once; model.init_args.terms_per_image draws whole terms"
+            self.refuse({"targets_per_image": None}, why)
 
     def describe_prompts(self) -> dict[str, Any]:
         """What an evaluation asks, as JSON."""
@@ -151,11 +159,11 @@ class SAM3Module(TunedModule):
 
     def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
         """The set-prediction loss over all concepts of the batch, those that are there and those that are absent."""
-        concepts = concepts_of(batch)
+        concepts = drawn_terms(concepts_of(batch), self.terms_per_image, self.current_epoch)
         if not concepts:  # every sample was damaged and skipped, or shows nothing that was looked for
             share_of_targets(0, self.device)  # the other ranks count together with this one
             return self.nothing_learnt()
-        truth = self._truth(batch, concepts)
+        truth = objects_of(batch, concepts, self.model.preprocessing, self._side(), self.device)
         losses = self.loss(self(batch, concepts, truth, self.current_epoch), truth)
         shown = {f"train/{name}": value.detach() for name, value in losses.items()}
         self.log_dict(shown, batch_size=len(concepts), on_step=True, on_epoch=False)
@@ -201,7 +209,7 @@ class SAM3Module(TunedModule):
                     absent.append(confidence[p])
                     areas.append((native > 0).sum() * (confidence[p] >= self.threshold))
         if self.resolve_overlaps:
-            masks = _without_overlaps(masks, scores, batch.image_index)
+            masks = without_overlaps(masks, scores, batch.image_index)
         return Prediction(
             masks=[mask > 0 for mask in masks],
             scores=scores,
@@ -215,32 +223,7 @@ class SAM3Module(TunedModule):
     def evaluation_step(self, batch: TripletBatch) -> Prediction:
         """Score every term that is there, and note what was said to all that were asked for."""
         prediction = super().evaluation_step(batch)
-        areas = [int(mask.sum()) for mask in prediction.masks]
-        sure = [
-            area if score >= self.threshold else 0
-            for area, score in zip(areas, prediction.scores.tolist(), strict=True)
-        ]
-        there = zip(batch.image_index.tolist(), batch.terms, prediction.scores.tolist(), sure, strict=True)
-        gone = zip(
-            batch.absent_index.tolist(),
-            batch.absent_terms,
-            prediction.absent.tolist(),
-            prediction.absent_areas.tolist(),
-            strict=True,
-        )
-        for present, rows in ((True, there), (False, gone)):
-            for image, term, confidence, area in rows:
-                origin = batch.provenances[image]
-                answer = TermAnswer(
-                    key=batch.keys[image],
-                    term=term,
-                    modality=origin.modality,
-                    dataset=origin.dataset,
-                    present=present,
-                    confidence=confidence,
-                    area_px=area,
-                )
-                self.answers.append((batch.positions[image], answer))
+        self.answers += term_answers(batch, prediction, self.threshold)
         return prediction
 
     def predict_step(self, batch: TripletBatch, batch_idx: int) -> Prediction:
@@ -318,77 +301,8 @@ class SAM3Module(TunedModule):
         """Side in pixels at which the loss compares masks."""
         return self.model.mask_side if self.loss.mask_at == "head" else self.model.preprocessing.image_size
 
-    def _truth(self, batch: TripletBatch, concepts: Sequence[Concept]) -> ObjectSets:
-        """What is there: instances, at the side at which the loss compares masks."""
-        preprocessing, side = self.model.preprocessing, self._side()
-        rows = [row for concept in concepts for row in concept.rows]
-        wholes = [(p, concept.whole) for p, concept in enumerate(concepts) if concept.whole is not None]
-        parts = [(p, row) for p, c in enumerate(concepts) if c.whole is None for row in c.rows]
-        used = sorted({*rows, *(row for _, row in wholes + parts)})
-        place = {row: number for number, row in enumerate(used)}
-        masks = replace(preprocessing, image_size=side).masks([batch.masks[row] for row in used], self.device)
-        # boxes name their outermost pixels; edges lie one further on
-        edges = batch.boxes[rows] + torch.tensor([0.0, 0.0, 1.0, 1.0])
-        corners = preprocessing.boxes(edges, batch.sizes[rows])[0] / preprocessing.image_size
-        low, high = corners[:, :2], corners[:, 2:]
-        boxes = torch.cat([(low + high) / 2, high - low], dim=1).to(self.device, non_blocking=True)
-        semantic = torch.zeros(len(concepts), side, side, device=self.device)
-        owners = torch.tensor([p for p, _ in wholes + parts], dtype=torch.int64, device=self.device)
-        shown = masks[[place[row] for _, row in wholes + parts]]
-        semantic = semantic.index_add(0, owners, shown).clamp(max=1)
-        return ObjectSets(
-            counts=[len(concept.rows) for concept in concepts],
-            boxes=boxes,
-            masks=masks[[place[row] for row in rows]],
-            semantic=semantic,
-        )
-
 
 def _concept(batch: TripletBatch, image: int, term: str) -> Concept:
     """A term to ask for in an image of which nothing is known but where it is from."""
     origin = batch.provenances[image]
     return Concept(image, term, (), None, (), origin.modality, origin.axis, (batch.positions[image], 0))
-
-
-def _unreached(model: SAM3, loss: SetPredictionLoss, exemplars: Exemplars | None) -> list[str]:
-    """Parts of the model that no gradient reaches: DDP would wait for it, and weight decay would wear them away."""
-    return [*_unasked(model, exemplars), *_unlearnt(loss)]
-
-
-def _unasked(model: SAM3, exemplars: Exemplars | None) -> list[str]:
-    """What encodes exemplars that are never shown."""
-    boxes, points = (exemplars.boxes, exemplars.points) if exemplars is not None else (0, 0)
-    parts = [] if boxes else ["boxes_direct_project", "boxes_pool_project", "boxes_pos_enc_project"]
-    parts += [] if boxes or points else ["label_embed", "vision_layer_norm"]
-    beside = [] if points or model.point_encoder is None else ["point_encoder"]
-    return [*(f"geometry_encoder.{part}" for part in parts), *beside]
-
-
-def _unlearnt(loss: SetPredictionLoss) -> list[str]:
-    """What gives masks that no term of the loss has a weight for."""
-    instances = loss.weights["mask_loss"] or loss.weights["dice_loss"]
-    semantic = loss.weights["semantic_loss"] or loss.weights["semantic_dice"]
-    if not instances and not semantic:
-        # nor are the finer features used that only masks are made of
-        return ["mask_decoder", "vision_encoder.neck.fpn_layers.0", "vision_encoder.neck.fpn_layers.1"]
-    parts = [] if semantic else ["mask_decoder.semantic_projection"]
-    return parts if instances else [*parts, "mask_decoder.mask_embedder", "mask_decoder.instance_projection"]
-
-
-def _without_overlaps(masks: Sequence[Tensor], scores: Tensor, image_index: Tensor) -> list[Tensor]:
-    """Give each pixel to the term that is most confident there; elsewhere it is outside.
-
-    Args:
-        masks: Q logits (H, W).
-        scores: (Q,) confidences.
-        image_index: (Q,) the image of each.
-    """
-    resolved = list(masks)
-    for image in image_index.unique().tolist():
-        mine = [q for q, owner in enumerate(image_index.tolist()) if owner == image]
-        logits = torch.stack([masks[q] for q in mine])
-        confidence = logits.sigmoid() * scores[mine].to(logits)[:, None, None]
-        winner = confidence.masked_fill(logits <= 0, -1).argmax(0)
-        for place, q in enumerate(mine):
-            resolved[q] = torch.where(winner == place, masks[q], -1.0)
-    return resolved

@@ -79,7 +79,8 @@ def plan_command(arguments: list[str]) -> int:
     # where nobody looks on, lines are as long as they need to be
     console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 140)
     show(plan, console)
-    plan["memory_at"] = made.memory_at(plan) if rehearsed else []
+    with console.status("measuring memory; --no-memory leaves it out"):
+        plan["memory_at"] = made.memory_at(plan) if rehearsed else []
     show_memory(plan, console)
     if out is not None:
         write_json(Path(out), plan)
@@ -135,6 +136,7 @@ class PlanCLI(RecipeCLI):
             "memory_bytes": memory(module, averaged),
             "optimizer": optimizer(module, resolved["trainer"]),
             "step": step(resolved["data"]["init_args"], resolved["trainer"]),
+            "prompts_per_image": prompts_per_image(resolved["data"]["init_args"]),
             "length": {name: resolved["trainer"].get(name) for name in ("max_steps", "max_epochs", "max_time")},
             "precision": str(resolved["trainer"].get("precision") or "32-true"),
             "notes": self.notes,
@@ -142,9 +144,9 @@ class PlanCLI(RecipeCLI):
 
     def memory_at(self, plan: dict[str, Any]) -> list[dict[str, int]]:
         """Memory by images a pass and prompts an image; none, and a note why, where a pass cannot be rehearsed."""
-        step, kept = plan["step"], plan["memory_bytes"]["total"]
+        images, prompts = plan["step"]["micro_batch"], plan["prompts_per_image"]
         try:
-            return memory_at(self.module, plan["precision"], kept, step["micro_batch"], step["prompts_per_image"])
+            return memory_at(self.module, plan["precision"], plan["memory_bytes"]["total"], images, prompts)
         except Exception as error:  # any model's code runs in there
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             plan["notes"].append(f"no table of memory: a pass cannot be run on tensors without content ({why})")
@@ -187,7 +189,6 @@ def step(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
         "devices": devices,
         "passes": images // (micro * (devices or 1)),
         "targets_per_image": data.get("targets_per_image"),
-        "prompts_per_image": prompts_per_image(data),
     }
 
 

@@ -35,35 +35,37 @@ def show(plan: Mapping[str, Any], console: Console) -> None:
         if text:
             console.print(f"{name:<10} {text}", soft_wrap=True)
     console.print(_table([Group(**{**group, "depths": tuple(group["depths"])}) for group in plan["groups"]]))
+
+
+def show_memory(plan: Mapping[str, Any], console: Console) -> None:
+    """Print what a pass takes by images and prompts, what fits which GPU, and the plan's notes."""
+    if plan["memory_at"]:
+        console.print("memory     of one GPU in all, by images of a pass and prompts of each; * as in the recipe")
+        console.print(_memory_table(plan))
     for note in plan["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
 
 
-def show_memory(plan: Mapping[str, Any], console: Console) -> None:
-    """Print what a pass takes, by images a pass and prompts an image, and what fits which GPU."""
-    cells = plan["memory_at"]
-    if not cells:
-        for note in plan["notes"][-1:]:
-            console.print(f"note: {note}", soft_wrap=True)
-        return
-    rows, columns = ({cell[name]: None for cell in cells} for name in ("images", "prompts"))
-    sizes = {(cell["images"], cell["prompts"]): cell["bytes"] for cell in cells}
-    step = plan["step"]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="memory of one GPU in all", title_justify="left")
-    table.add_column("in a pass")
+def _memory_table(plan: Mapping[str, Any]) -> Table:
+    sizes = {(cell["images"], cell["prompts"]): cell["bytes"] for cell in plan["memory_at"]}
+    rows, columns = (list(dict.fromkeys(cell[name] for cell in plan["memory_at"])) for name in ("images", "prompts"))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
     for column in columns:
-        table.add_column(f"{column} prompt{'s' * (column != 1)} an image", justify="right")
+        table.add_column(_counted(column, "prompt", column == plan["prompts_per_image"]), justify="right")
     for row in rows:
-        mine = [(row, column) in ((step["micro_batch"], step["prompts_per_image"]),) for column in columns]
-        told = [
-            f"{_bytes(sizes[row, column])}{' *' if own else ''}"
-            for column, own in zip(columns, mine, strict=True)
-        ]
-        table.add_row(f"{row} image{'s' * (row != 1)}", *told)
+        own = row == plan["step"]["micro_batch"]
+        table.add_row(_counted(row, "image", own), *(_bytes(sizes[row, column]) for column in columns))
     table.add_section()
-    for card in CARDS:
-        table.add_row(f"most on {card} GB", *(_most(sizes, list(rows), column, card) for column in columns))
-    console.print(table)
+    for number, card in enumerate(CARDS):
+        if number and max(sizes.values()) <= USABLE * CARDS[number - 1] * 2**30:
+            break  # all fits the smaller one
+        table.add_row(f"images in {card} GB", *(_most(sizes, rows, column, card) for column in columns))
+    return table
+
+
+def _counted(count: int, what: str, own: bool) -> str:
+    return f"{count} {what}{'s' * (count != 1)}{' *' * own}"
 
 
 def _most(sizes: Mapping[tuple[int, int], int], rows: Sequence[int], column: int, card: int) -> str:
@@ -130,6 +132,8 @@ def _described(node: Mapping[str, Any], left_out: Sequence[str] = ()) -> str:
     for name, value in (node.get("init_args") or {}).items():
         if name not in left_out and value not in (None, False, {}, []):
             listed = " ".join(map(str, value)) if isinstance(value, list) else value
+            if isinstance(value, Mapping):
+                listed = "{" + ", ".join(f"{key}: {part}" for key, part in value.items()) + "}"
             told.append(f"{name} {listed:g}" if isinstance(value, float) else f"{name} {listed}")
     return str(node["class_path"]) + (f": {', '.join(told)}" if told else "")
 

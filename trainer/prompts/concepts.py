@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data_shards.batch import TripletBatch
+from data_shards.seed import run_seed, stream
 from data_shards.vocabulary import synonyms
 
 
@@ -75,6 +76,27 @@ def concepts_of(batch: TripletBatch) -> list[Concept]:
             )
         )
     return found
+
+
+def drawn_terms(concepts: Sequence[Concept], count: int | None, epoch: int) -> list[Concept]:
+    """Draw some of the terms that each image shows; absent ones stay.
+
+    Args:
+        concepts: The concepts of a batch.
+        count: How many of an image's terms are wanted; None is all.
+        epoch: The epoch: what is drawn is a pure function of it, the run's seed and the sample.
+    """
+    if count is None:
+        return list(concepts)
+    kept: set[int] = set()
+    for image in {concept.image for concept in concepts}:
+        shown = [place for place, concept in enumerate(concepts) if concept.image == image and concept.rows]
+        if len(shown) > count:
+            draw = concepts[shown[0]].draw
+            generator = stream(run_seed(None), "terms", epoch, draw[0], *draw[2:])
+            shown = [shown[place] for place in generator.choice(len(shown), size=count, replace=False)]
+        kept.update(shown)
+    return [concept for place, concept in enumerate(concepts) if place in kept or not concept.rows]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,22 @@ from typing import Any
 import numpy as np
 
 from data_shards.errors import UserError
+from data_shards.splits import EXTERNAL
 from trainer.report.curves import Curve, read_curves
 from trainer.report.panels import Panel, load_panels
-from trainer.report.records import Jitter, read_export, read_jitter, read_record, read_stages
+from trainer.report.records import (
+    BoxesGiven,
+    Jitter,
+    Presence,
+    Synonyms,
+    read_boxes_given,
+    read_export,
+    read_jitter,
+    read_presence,
+    read_record,
+    read_stages,
+    read_synonyms,
+)
 from trainer.report.statistics import Comparison, compare
 from trainer.report.traces import read_skipped, read_traces
 from trainer.run import Run, opening
@@ -32,6 +45,9 @@ class Evaluation:
         panels: Some targets as pictures.
         record: ``evaluation.json``, or empty.
         jitter: Scores with boxes that are off, if they were probed.
+        presence: How often terms were found, rightly and wrongly, if they were asked for in words.
+        synonyms: Scores in other words, if they were probed.
+        boxes_given: Scores by text and by box, if they were probed.
     """
 
     name: str
@@ -39,6 +55,16 @@ class Evaluation:
     panels: tuple[Panel, ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
     jitter: Jitter | None = None
+    presence: Presence | None = None
+    synonyms: Synonyms | None = None
+    boxes_given: BoxesGiven | None = None
+
+    @property
+    def external(self) -> bool:
+        """Whether it was scored on a set that is never trained on: its folder, or else its own name, says so."""
+        test = (self.record.get("data") or {}).get("test") or {}
+        names = (Path(str(test.get("folder"))).name, self.name.partition("-")[2])
+        return any(name.startswith(EXTERNAL) for name in names)
 
 
 @dataclass(frozen=True)
@@ -84,6 +110,19 @@ class RunData:
         if self.before is None or self.after is None:
             return []
         return pair(self.before.scores, self.after.scores)
+
+    def sets(self) -> list[tuple[Evaluation | None, Evaluation | None]]:
+        """Evaluations before and after tuning of each set that was scored, the run's own first.
+
+        Those of another set are named alike: ``untouched-external-busi`` and ``tuned-external-busi``.
+        """
+        named = {evaluation.name: evaluation for evaluation in self.others}
+        found = [(self.before, self.after)]
+        for name in dict.fromkeys(
+            name.partition("-")[2] for name in named if name.startswith((f"{BEFORE}-", f"{AFTER}-"))
+        ):
+            found.append((named.get(f"{BEFORE}-{name}"), named.get(f"{AFTER}-{name}")))
+        return [pair for pair in found if any(pair)]
 
     def scores(self) -> list[CaseScore]:
         """Rows that the report is about: those after tuning where there are any, paired where there are pairs."""
@@ -186,8 +225,16 @@ def _evaluation(folder: Path) -> Evaluation | None:
     if not scores:
         return None
     pictures = tuple(load_panels(panels)) if panels.is_file() else ()
-    record, jitter = read_record(folder / "evaluation.json"), read_jitter(folder / "jitter.json")
-    return Evaluation(folder.name, scores, pictures, record, jitter)
+    return Evaluation(
+        name=folder.name,
+        scores=scores,
+        panels=pictures,
+        record=read_record(folder / "evaluation.json"),
+        jitter=read_jitter(folder / "jitter.json"),
+        presence=read_presence(folder / "presence.json"),
+        synonyms=read_synonyms(folder / "synonyms.json"),
+        boxes_given=read_boxes_given(folder / "boxes_given.json"),
+    )
 
 
 def _differences(name: str, first: Any, second: Any) -> list[str]:

@@ -14,7 +14,9 @@ from trainer.report.gate import gate_figure, gate_section
 from trainer.report.groups import group_sections, mean_sd, scored_metrics
 from trainer.report.markup import Markup, code, duration, facts, paragraph, score, section, signed, table, text
 from trainer.report.pictures import Choice, choose, draw
+from trainer.report.sets import sets_section
 from trainer.report.style import STYLE
+from trainer.report.words import word_sections
 from trainer.scores import values_of
 
 WORST = 10
@@ -39,7 +41,9 @@ def render(data: RunData) -> str:
             _training(data),
             _targets(data),
             _jitter(data),
+            *word_sections(data),
             *group_sections(data),
+            sets_section(data),
             _worst(data),
             _others(data.others),
             gate_section(data.exports),

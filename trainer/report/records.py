@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from data_shards.errors import UserError
+from trainer.presence import PresenceRates
 from trainer.run import read_json
 
 
@@ -27,6 +28,59 @@ class Jitter:
     targets: int
     shifts: tuple[float, ...]
     dsc: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Presence:
+    """How often terms were found where they are, and where they are not.
+
+    Attributes:
+        threshold: Confidence from which a term counts as found.
+        groups: Rates of all answers, then of each data set and modality.
+    """
+
+    threshold: float
+    groups: tuple[PresenceRates, ...]
+
+
+@dataclass(frozen=True)
+class Synonyms:
+    """Scores of the same concepts in their canonical and in other words.
+
+    Attributes:
+        wordings: Number of other wordings that were asked, over all samples; at least one.
+        canonical: Mean DSC of the canonical ones, each counted as often as it has others.
+        others: Mean DSC of the others.
+        worse: Loss of DSC from which a wording counts as worse.
+        share_worse: Share of the others that lose more.
+        worst: Term, wording, number of samples and mean loss of those that lose most.
+    """
+
+    wordings: int
+    canonical: float
+    others: float
+    worse: float
+    share_worse: float
+    worst: tuple[tuple[str, str, int, float], ...]
+
+
+WAYS = ("text", "text_and_box", "box")
+"""How `trainer.callbacks.BoxGivenProbe` asks."""
+
+
+@dataclass(frozen=True)
+class BoxesGiven:
+    """Scores of the same concepts asked by text, by text and box, and by box.
+
+    Attributes:
+        concepts: Number of concepts, over all samples.
+        dsc: Mean DSC of each of `WAYS`.
+        datasets: The same of each data set.
+    """
+
+    concepts: int
+    dsc: tuple[float, ...]
+    datasets: tuple[tuple[str, BoxesGiven], ...] = ()
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -92,6 +146,94 @@ def read_jitter(path: Path) -> Jitter | None:
     if len(shifts) != len(means) or None in (content.get("side"), content.get("targets")):
         raise UserError(f"{path}: side, targets, shifts and dsc.mean do not fit together; run the evaluation again")
     return Jitter(int(content["side"]), int(content["targets"]), shifts, means)
+
+
+def read_presence(path: Path) -> Presence | None:
+    """Read ``presence.json``; None if there is none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    if not path.is_file():
+        return None
+    content = _object(path)
+    names = [column.name for column in fields(PresenceRates)]
+    groups = []
+    for group in _list(path, content, "groups"):
+        if not isinstance(group, dict) or not {*names} <= group.keys():
+            raise UserError(f"{path}: groups should hold objects with {', '.join(names)}; run the evaluation again")
+        _numbers(path, group, names[2:], "groups.")
+        if None in (group["present"], group["absent"]):
+            raise UserError(f"{path}: groups.present and groups.absent should be numbers; run the evaluation again")
+        groups.append(PresenceRates(**{name: group[name] for name in names}))
+    return Presence(_number(path, content, "threshold"), tuple(groups))
+
+
+def read_synonyms(path: Path) -> Synonyms | None:
+    """Read ``synonyms.json``; None if there is none, or if no concept had another name.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    if not path.is_file():
+        return None
+    content = _object(path)
+    wordings = int(_number(path, content, "wordings"))
+    if not wordings:
+        return None
+    _objects(path, content, ("dsc",))
+    dsc = content.get("dsc") or {}
+    worst = []
+    for row in _list(path, content, "worst"):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: worst should hold objects; run the evaluation again")
+        loss, count = _number(path, row, "drop"), int(_number(path, row, "n"))
+        worst.append((str(row.get("term")), str(row.get("wording")), count, loss))
+    return Synonyms(
+        wordings=wordings,
+        canonical=_number(path, dsc, "canonical"),
+        others=_number(path, dsc, "others"),
+        worse=_number(path, content, "worse"),
+        share_worse=_number(path, content, "share_worse"),
+        worst=tuple(worst),
+    )
+
+
+def read_boxes_given(path: Path) -> BoxesGiven | None:
+    """Read ``boxes_given.json``; None if there is none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    if not path.is_file():
+        return None
+    content = _object(path)
+    _objects(path, content, ("datasets",))
+    datasets = content.get("datasets") or {}
+    _objects(path, datasets, tuple(datasets), "datasets.")
+    whole = _boxes_given(path, content)
+    parts = tuple((name, _boxes_given(path, part)) for name, part in datasets.items() if part)
+    return BoxesGiven(whole.concepts, whole.dsc, parts)
+
+
+def _boxes_given(path: Path, content: Mapping[str, Any]) -> BoxesGiven:
+    _objects(path, content, ("dsc",))
+    scores = content.get("dsc") or {}
+    return BoxesGiven(int(_number(path, content, "concepts")), tuple(_number(path, scores, way) for way in WAYS))
+
+
+def _number(path: Path, record: Mapping[str, Any], name: str) -> float:
+    value: Any = record.get(name)
+    if not _is_number(value) or not math.isfinite(value):
+        raise UserError(f"{path}: {name} should be a number, not {value!r}; run the evaluation again")
+    return float(value)
+
+
+def _list(path: Path, record: Mapping[str, Any], name: str) -> list[Any]:
+    value = record.get(name)
+    if not isinstance(value, list):
+        raise UserError(f"{path}: {name} should be a list, not {_kind(value)}; run the evaluation again")
+    return value
 
 
 def _row(path: Path, name: str, values: Any) -> tuple[float, ...]:
