@@ -89,7 +89,9 @@ def test_recipes_plan(recipe, trainer_command, monkeypatch):
     named = [word for line in check_recipe(recipe).splitlines() if "Launch:" in line for word in line.split()]
     files = [word for word in named if word.endswith(".yaml")] if recipe in OVERLAYS else [recipe]
     assert files, "its launch command names it and what it overlays"
-    code, out, err = trainer_command("plan", *(part for file in files for part in ("-c", file)), "--no-memory", "--json", "-")
+    code, out, err = trainer_command(
+        "plan", *(part for file in files for part in ("-c", file)), "--no-memory", "--json", "-"
+    )
     assert (code, err) == (0, ""), err
     plan = json.loads(out)
     assert 0 < plan["learning"] <= plan["parameters"] == sum(group["parameters"] for group in plan["groups"])

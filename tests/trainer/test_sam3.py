@@ -304,3 +304,17 @@ def test_a_copy_drops_out_too():
     model = copy.deepcopy(make(drop_path=0.5)).train()
     with torch.no_grad():
         assert not torch.equal(*(model.encode(images(2)).levels[0] for _ in range(2)))
+
+
+def test_under_autocast_it_is_nearly_the_same_and_learns() -> None:
+    model = make()
+    boxes = torch.tensor([[[0.5, 0.5, 0.3, 0.4]]]).expand(3, 1, 4)
+    with torch.no_grad():
+        plain = detect(model, images(2), INDEX, LENGTHS, boxes=boxes)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = detect(model, images(2), INDEX, LENGTHS, boxes=boxes)
+    torch.testing.assert_close(mixed.boxes, plain.boxes, atol=2e-2, rtol=0)
+    assert mixed.boxes.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(model, boxes=boxes)
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in found.values())

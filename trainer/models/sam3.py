@@ -244,10 +244,11 @@ class SAM3(SegmentationModel):
         labels = prompts.box_labels
         if labels is None:
             labels = torch.ones(boxes.shape[:2], dtype=torch.int64, device=device)
-        embedded, valid = encoder._encode_boxes(boxes, labels >= 0, labels.clamp(min=0), normed)
-        if prompts.points is not None:
-            points, points_valid = self._points(normed, prompts.points, prompts.point_labels)
-            embedded, valid = torch.cat([points, embedded], 1), torch.cat([points_valid, valid], 1)
+        with torch.autocast(device.type, enabled=False):  # bf16 would round coordinates to some two pixels
+            embedded, valid = encoder._encode_boxes(boxes, labels >= 0, labels.clamp(min=0), normed.float())
+            if prompts.points is not None:
+                points, points_valid = self._points(normed.float(), prompts.points, prompts.point_labels)
+                embedded, valid = torch.cat([points, embedded], 1), torch.cat([points_valid, valid], 1)
         token = encoder.cls_embed.weight.expand(count, 1, -1).to(embedded.dtype)
         shown = torch.cat([embedded, token], dim=1)
         valid = F.pad(valid, (0, 1), value=True)
@@ -264,7 +265,7 @@ class SAM3(SegmentationModel):
         encoder = self.geometry_encoder
         if labels is None:
             labels = torch.ones(points.shape[:2], dtype=torch.int64, device=points.device)
-        there = F.grid_sample(normed.float(), (2 * points - 1)[:, :, None], align_corners=False)[..., 0]
+        there = F.grid_sample(normed, (2 * points - 1)[:, :, None], align_corners=False)[..., 0]
         across, down = encoder.position_encoding.encode_1d_positions(points[..., 0].flatten(), points[..., 1].flatten())
         place = torch.cat([across, down], dim=-1).unflatten(0, points.shape[:2])
         parts = {"direct": points, "pool": there.transpose(1, 2), "position": place}
