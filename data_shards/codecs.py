@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -120,7 +120,10 @@ def read_npy_header(
         Exception: What NumPy raises on a damaged header.
     """
     version = np.lib.format.read_magic(file)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    readers: dict[tuple[int, int], Callable[..., Any]] = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     if version not in readers:
         raise UserError(f"its npy header has version {version}")
     shape, fortran, dtype = readers[version](file, max_header_size=_NPY_HEADER)

@@ -59,6 +59,7 @@ FORBIDDEN = {  # what would pull weight or a circle into places that are light o
     "trainer.report": ("torch", "lightning"),
     "trainer.run": ("torch", "lightning"),
     "trainer.scores": ("torch", "lightning"),
+    "trainer.presence": ("torch", "lightning"),
 }
 
 

@@ -106,7 +106,7 @@ def _check_node(node: Mapping[str, Any], where: str) -> None:
 
 def _check_string(value: str, key: str, where: str) -> None:
     """Refuse what the parser would import, or read as a part of the recipe: it takes both where it wants an object."""
-    if key.rpartition(".")[2] in ("weights", "ckpt_path"):
+    if key.rpartition(".")[2] in ("weights", "tokenizer", "tracker", "ckpt_path"):
         return
     if _stat(value, Path.is_file):
         raise UserError(f"{where}: a recipe is one file; write here what is in {value}, or give it with -c")

@@ -144,9 +144,7 @@ def build(node: Mapping[str, Any], where: str) -> TunedModule:
         UserError: A class does not take its arguments.
     """
     model = without_weights(node["init_args"]["model"])
-    module: TunedModule = instantiate(
-        {**node, "init_args": {**node["init_args"], "model": model}}, TunedModule, where
-    )
+    module: TunedModule = instantiate({**node, "init_args": {**node["init_args"], "model": model}}, TunedModule, where)
     return module
 
 

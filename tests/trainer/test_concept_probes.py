@@ -30,6 +30,7 @@ from trainer.callbacks.concept_probes import (
     truth_of,
 )
 from trainer.callbacks.evaluation import EvaluationRecord
+from trainer.callbacks.probes import BoxJitterProbe
 from trainer.models import SegmentationModel
 from trainer.models.preprocessing import Preprocessing
 from trainer.models.sam3 import SAM3, SAM3Shape
@@ -64,7 +65,7 @@ class Reader(SegmentationModel):
         self.encoded.append(len(images))
         return images
 
-    def decode(self, features: Tensor, prompts: ConceptPrompts) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def decode(self, features: Tensor, prompts: ConceptPrompts) -> tuple[Tensor, Tensor]:
         self.asked.append(prompts)
         masks = torch.stack([self._answer(features, prompts, p) for p in range(len(prompts))])
         confidence = torch.tensor([[1 - 0.05 * SHIFTS.get(text, 20)] for text in prompts.texts])
@@ -261,6 +262,8 @@ def test_all_of_a_concept_is_its_truth() -> None:
 
 
 def test_mistakes_are_one_line(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="take BoxGivenProbe"):
+        score(shards, tmp_path, [BoxJitterProbe()])
     for kind in (SynonymProbe, BoxGivenProbe):
         with pytest.raises(UserError, match=f"{kind.__name__}: samples is 1 or more, not 0"):
             kind(samples=0)
@@ -302,8 +305,11 @@ def test_the_probes_and_the_evaluation_of_sam3_agree(tmp_path: Path) -> None:
     assert float(row["canonical_dsc"]) == pytest.approx(scores[0].dsc, abs=1e-4)
 
 
-def letters(texts: Any) -> tuple[Tensor, Tensor]:
+def tokens_of(texts: Any) -> tuple[Tensor, Tensor]:
     """Tokens without a vocabulary."""
     rows = [([49406] + [ord(letter) for letter in text[:6]] + [49407] + [0] * 8)[:8] for text in texts]
     tokens = torch.tensor(rows)
     return tokens, tokens != 0
+
+
+letters: Any = tokens_of

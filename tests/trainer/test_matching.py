@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import object_sets
 import pytest
 import torch
-from object_sets import GOLDEN, drawn_sets
+from object_sets import drawn_sets
 from torch import Tensor
 
 from data_shards.errors import UserError
@@ -15,21 +14,8 @@ from trainer.losses.boxes import overlap
 from trainer.losses.matching import match
 
 
-@pytest.mark.parametrize("path", sorted((GOLDEN / "sam3").glob("[ab]_*.npz")), ids=lambda path: path.stem)
-def test_matches_are_the_official_ones(path):
-    check = object_sets.checker()
-    found = check.compare(path)
-    assert found.unchecked() == []
-    assert len(found.errors) >= 4 and max(found.errors.values()) < check.BAR, found.errors
-
-
 def boxes(*rows: tuple[float, float, float, float]) -> Tensor:
     return torch.tensor(rows)
-
-
-def test_all_recorded_files_are_here():
-    kinds = [path.name[0] for path in sorted((GOLDEN / "sam3").glob("*.npz"))]
-    assert {kind: kinds.count(kind) for kind in "abcd"} == {"a": 9, "b": 9, "c": 12, "d": 3} and len(kinds) == 33
 
 
 def test_overlap_by_hand():
@@ -103,8 +89,8 @@ def test_what_is_not_finite_is_matched_last(part, value):
     assert [len(pairs) for pairs in match(prediction, targets, HungarianMatcher(), OneToManyMatcher()).first] == [3] * 3
 
 
-def scored(scores: list[float], queries: int | None = None) -> tuple[Tensor, Tensor, ObjectSets]:
-    """Queries on one target's very box: their score is 0.3 p + 0.7, or a lower IoU's where it is given as negative."""
+def scored(scores: list[float]) -> tuple[Tensor, Tensor, ObjectSets]:
+    """Queries of these probabilities p on one target's very box: their score is 0.3 p + 0.7."""
     target = boxes((0.5, 0.5, 0.2, 0.2))
     logits = torch.logit(torch.tensor([scores]))
     return logits, target.expand(1, len(scores), 4), ObjectSets([1], target)

@@ -232,7 +232,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"is not CLIP's or is damaged \(.*{part}.*\): fetch it again"):
             make_tokenizer(str(path))
-    monkeypatch.setattr(module, "_packaged", lambda: ())
+    monkeypatch.setattr(module, "packaged_merges", lambda: ())
     with pytest.raises(
         UserError, match="no tokenizer, neither beside the weights nor in a package: pip install open-clip-torch"
     ):
@@ -253,7 +253,7 @@ def test_it_goes_with_a_model_and_is_no_weight(tokenizer: TextTokenizer) -> None
 
 def test_the_package_does_not_run_and_a_fork_warns_of_nothing(merges: Path) -> None:
     """Tokenizers warns of every process that is forked once it has used threads, such as a loader's workers."""
-    assert module._packaged() == (merges,)
+    assert module.packaged_merges() == (merges,)
     code = """if True:
         import os, sys
         from trainer.models.tokenizer import make_tokenizer

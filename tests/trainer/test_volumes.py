@@ -155,11 +155,14 @@ SHAPE = SAM3Shape(
 SIDE = 112
 
 
-def words(texts: Any) -> tuple[Tensor, Tensor]:
+def tokens_of(texts: Any) -> tuple[Tensor, Tensor]:
     """Tokens without a vocabulary."""
     rows = [([49406] + [ord(letter) for letter in text[:5]] + [49407] + [0] * 8)[:8] for text in texts]
     tokens = torch.tensor(rows)
     return tokens, tokens != 0
+
+
+words: Any = tokens_of
 
 
 def video_folder(folder: Path) -> Path:
@@ -201,7 +204,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def detector(weights: Path) -> SAM3:
     model = SAM3(SHAPE, SIDE, weights=str(weights)).eval()
-    model._tokenizer = words  # type: ignore[assignment]
+    model._tokenizer = words
     return model
 
 
@@ -324,13 +327,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def predict(
-    shards: Path, root: Path, module: SAM3Module, record: VolumeRecord, ranks: int = 1, test: bool = False
+    shards: Path,
+    root: Path,
+    module: SAM3Module,
+    record: VolumeRecord,
+    ranks: int = 1,
+    test: bool = False,
+    precision: Any = "32-true",
 ) -> None:
     trainer = Trainer(
         accelerator="cpu",
         devices=ranks,
         strategy="ddp_fork" if ranks > 1 else "auto",
         default_root_dir=str(root),
+        precision=precision,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -370,7 +380,7 @@ class TestVolumeRecord:
         second = content_of(folder / "toy_set-vb.npz")["labels_0"]
         assert [sorted(set(labels.ravel().tolist()) - {0}) for labels in second] == [[1], [1], [2]], "two are missing"
         summary = read_json(folder / "volumes.json")
-        assert summary["method"] == LINKED and "random" in summary["why"]
+        assert summary["method"] == LINKED and "random" in summary["why"] and summary["settings"]["threshold"] == 0.5
         va, vb, vc = summary["volumes"]
         assert va["method"] == LINKED and va["terms"] == {"bright": {"objects": 1, "voxels": 1200, "ml": 3.6}}
         assert vb["missing_slices"] == 2 and vb["terms"]["brighter"] == {"objects": 2, "voxels": 900, "ml": None}
@@ -421,10 +431,10 @@ class TestVolumeRecord:
         predict(shards, tmp_path / "linked", module, VolumeRecord(method="link"))
         assert read_json(tmp_path / "linked" / "volumes" / "volumes.json")["why"] == "the recipe says so"
 
-    def test_a_tracker_of_its_own(self, shards: Path, weights: Path, tmp_path: Path) -> None:
-        module = SAM3Module(SAM3(SHAPE, SIDE, weights=None))
+    def test_a_tracker_of_its_own_in_mixed_precision(self, shards: Path, weights: Path, tmp_path: Path) -> None:
+        module = SAM3Module(SAM3(SHAPE, SIDE, weights=None), threshold=0.0)
         module.model._tokenizer = words
-        predict(shards, tmp_path, module, VolumeRecord(tracker=str(weights)))
+        predict(shards, tmp_path, module, VolumeRecord(tracker=str(weights), begin=0.0), precision="bf16-mixed")
         assert read_json(tmp_path / "volumes" / "volumes.json")["method"] == TRACKED
 
     def test_windows_and_odd_slices_are_left_out_by_name(self, tmp_path: Path) -> None:

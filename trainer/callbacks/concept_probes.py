@@ -84,7 +84,7 @@ def ask(
     found: list[tuple[float, float]] = []
     for start in range(0, len(prompts), AT_ONCE):
         part = _part(prompts, slice(start, start + AT_ONCE))
-        logits, confidences = model.decode(features, part)  # type: ignore[arg-type]
+        logits, confidences = model.decode(features, part)
         masks = model.preprocessing.to_native(logits[:, 0], *image.shape[-2:]) > 0
         dsc, _ = overlap(masks, truths[start : start + AT_ONCE])
         found += zip(dsc.tolist(), confidences[:, 0].float().tolist(), strict=True)

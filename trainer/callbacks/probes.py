@@ -115,7 +115,15 @@ class BoxJitterProbe(SampleProbe[list[float]]):
         self.shifts = tuple(sorted({way * shift + 0.0 for shift in shifts for way in (-1, 1)}))
 
     def probe(self, module: LightningModule, batch: TripletBatch, image: int) -> dict[tuple[int, int], list[float]]:
-        """DSC of each target of one image at each shift."""
+        """DSC of each target of one image at each shift.
+
+        Raises:
+            UserError: The model is asked in words.
+        """
+        if hasattr(module, "wording"):
+            raise UserError(
+                "trainer.callbacks: BoxJitterProbe asks with boxes, and this model takes words: take BoxGivenProbe"
+            )
         assert isinstance(module.model, SegmentationModel)
         return probe(module.model, batch, image, self.shifts, module.device)
 

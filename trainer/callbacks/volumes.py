@@ -172,6 +172,7 @@ class VolumeRecord(Callback):
         self._open: dict[Place, Volume] = {}
         self._records: list[dict[str, Any]] = []
         self._images = 0
+        self._threshold = module.threshold
         self._tracker, self._why = self._find_tracker(module)
         if trainer.is_global_zero:
             print(f"volumes: {self._how}: {self._why}", flush=True)
@@ -271,7 +272,7 @@ class VolumeRecord(Callback):
         content = {
             "method": self._how,
             "why": self._why,
-            "settings": {**asdict(self.linking), "begin": self.begin},
+            "settings": {"threshold": self._threshold, **asdict(self.linking), "begin": self.begin},
             "volumes": ordered,
             "images_without_a_slice": images,
         }

@@ -20,7 +20,7 @@ from data_shards.errors import UserError
 from trainer.export.base import Exporter, TextAnswer, TextConsumer
 from trainer.models import SAM3, SAM3Shape, SegmentationModel
 from trainer.models.sam3_names import META_POSITIONS, OF_THE_TRACKER, to_meta, unknown_to_ours
-from trainer.models.tokenizer import _packaged
+from trainer.models.tokenizer import packaged_merges
 from trainer.models.weights import read_weights
 
 RELEASED = SAM3Shape()
@@ -103,7 +103,7 @@ class SAM3Exporter(Exporter):
             from sam3 import model_builder
 
             consumer = model_builder.build_sam3_image_model(
-                bpe_path=str(_packaged()[0]), device="cpu", checkpoint_path=str(path), load_from_HF=False
+                bpe_path=str(packaged_merges()[0]), device="cpu", checkpoint_path=str(path), load_from_HF=False
             )
         if "missing" in said.getvalue():
             raise ValueError(" ".join(said.getvalue().split()))

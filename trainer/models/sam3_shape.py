@@ -25,6 +25,7 @@ class SAM3Shape:
         window: Side of a window in patches.
         patch: Side of a patch in pixels.
         pretrained_size: Side in pixels of the positions that are tiled over the image.
+        norm_eps: ε of its norms: 1e-5 in Meta's code, which trained the weights; transformers' default is 1e-6.
         text_width: Channels of a token in the text encoder.
         text_depth: Its layers.
         text_heads: Its attention heads.
@@ -47,6 +48,7 @@ class SAM3Shape:
     window: int = 24
     patch: int = 14
     pretrained_size: int = 336
+    norm_eps: float = 1e-5
     text_width: int = 1024
     text_depth: int = 24
     text_heads: int = 16
@@ -83,7 +85,7 @@ def config_of(shape: SAM3Shape, image_size: int, dropout: float = 0.0, attention
                 "patch_size": shape.patch,
                 "image_size": image_size,
                 "pretrain_image_size": shape.pretrained_size,
-                "layer_norm_eps": 1e-5,  # as Meta's code; transformers' default is 1e-6
+                "layer_norm_eps": shape.norm_eps,
             },
             "fpn_hidden_size": shape.hidden,
             "backbone_feature_sizes": [[4 * tokens] * 2, [2 * tokens] * 2, [tokens] * 2],
@@ -115,7 +117,7 @@ def check_sizes(shape: SAM3Shape, image_size: int, dropout: float, drop_path: fl
         UserError: The first of them.
     """
     sizes = {name: value for name, value in vars(shape).items() if name != "global_blocks"}
-    small = [name for name, value in sizes.items() if value < 1]
+    small = [name for name, value in sizes.items() if value < 1 and name != "norm_eps"]
     if small:
         raise UserError(f"shape.{small[0]} {sizes[small[0]]}: sizes are 1 or more")
     for width, heads, step in (

@@ -137,7 +137,7 @@ def make_tokenizer(tokenizer: str | None = None, weights: str | None = None, con
             raise UserError(f"tokenizer {tokenizer}: there is no {_WANTED}: give the folder of one, or null")
         return TextTokenizer(_read(found), context)
     beside = _files_of(weights) if weights is not None else ()
-    found = beside or _packaged()
+    found = beside or packaged_merges()
     if not found:
         raise UserError(
             "no tokenizer, neither beside the weights nor in a package: pip install open-clip-torch, or give tokenizer "
@@ -180,7 +180,7 @@ def _cached(source: str, name: str) -> Path | None:
     return None
 
 
-def _packaged() -> tuple[Path, ...]:
+def packaged_merges() -> tuple[Path, ...]:
     """The file that open-clip-torch ships; its code is not needed and does not run."""
     spec = importlib.util.find_spec("open_clip")
     folders = [] if spec is None else spec.submodule_search_locations or []

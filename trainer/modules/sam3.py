@@ -131,7 +131,7 @@ class SAM3Module(TunedModule):
         """What an evaluation asks, as JSON."""
         return {
             "kind": "Text",
-            **self.wording.describe(),
+            "wording": self.wording.describe(),
             "answer": self.answer,
             "threshold": self.threshold,
             "resolve_overlaps": self.resolve_overlaps,

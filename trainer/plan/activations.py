@@ -1,9 +1,9 @@
 """What one pass of a training takes in memory, measured by running it on tensors that have no content.
 
-The module's real forward, loss and backward run on fake tensors: they have shapes and types, and take neither memory nor
-arithmetic. Every storage that comes and goes is followed, so the peak is that of the real pass, but for what a device's
-kernels and allocator take for themselves. Fake tensors live on the CPU, since a backward on a GPU needs one; what CUDA does
-otherwise is laid over it: its lists of autocast, and its fused attention.
+The module's real forward, loss and backward run on fake tensors: they have shapes and types, and take neither memory
+nor arithmetic. Every storage that comes and goes is followed, so the peak is that of the real pass, but for what a
+device's kernels and allocator take for themselves. Fake tensors live on the CPU, since a backward on a GPU needs one;
+what CUDA does otherwise is laid over it: its lists of autocast, and its fused attention.
 
 Shapes: B images, Q queries, K keys, H heads, C channels a head.
 """
@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -31,13 +32,14 @@ IMAGES, PROMPTS = (1, 2, 4, 8), (1, 4, 16)
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What Lightning's mixed precisions compute in."""
 _WIDENED = (
-    "layer_norm native_layer_norm group_norm rms_norm softmax.int log_softmax.int logsumexp softplus sum "
-    "sum.dim_IntList cumsum cumprod exp expm1 log log10 log1p log2 reciprocal rsqrt acos asin cosh sinh tan erfinv "
-    "pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar dist pdist renorm cosine_similarity linalg_vector_norm "
-    "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
-    "_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d "
-    "_upsample_bicubic2d_aa upsample_trilinear3d"
-).split()
+    *("layer_norm", "native_layer_norm", "group_norm", "rms_norm", "softmax.int", "log_softmax.int", "logsumexp"),
+    *("softplus", "sum", "sum.dim_IntList", "cumsum", "cumprod", "exp", "expm1", "log", "log10", "log1p", "log2"),
+    *("reciprocal", "rsqrt", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "acos", "asin", "cosh", "sinh"),
+    *("tan", "erfinv", "dist", "pdist", "renorm", "cosine_similarity", "linalg_vector_norm"),
+    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d"),
+    *("_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d"),
+    *("_upsample_bilinear2d_aa", "upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_trilinear3d"),
+)
 """What CUDA's autocast computes in fp32 and the CPU's does not (torch's autocast_mode.h)."""
 
 
@@ -46,9 +48,9 @@ def memory_at(
 ) -> list[dict[str, int]]:
     """Bytes in all on one device, by images a pass and prompts an image.
 
-    What is alive at any one moment is affine in images and in images × prompts, and the peak is the most of all moments:
-    convex in each. So the corners are measured and what lies between them is interpolated, which is the truth or a
-    little above it: some 5 % where the peak moves from the encoder to the loss.
+    What is alive at any one moment is affine in images and in images × prompts, and the peak is the most of all
+    moments: convex in each. So the corners are measured and what lies between them is interpolated, which is the truth
+    or a little above it: some 5 % where the peak moves from the encoder to the loss.
 
     Args:
         module: Module on any device; nothing of it changes.
@@ -65,7 +67,7 @@ def memory_at(
     """
     rows, columns = sorted({*IMAGES, images}), sorted({*PROMPTS, prompts or 1})
     found = {
-        (row, column): kept + pass_bytes(module, lambda row=row, column=column: module.rehearse(row, column), precision)
+        (row, column): kept + pass_bytes(module, partial(module.rehearse, row, column), precision)
         for row, column in {*product((rows[0], rows[-1]), (columns[0], columns[-1])), (images, prompts or 1)}
     }
     low, high = ([found[row, column] for column in (columns[0], columns[-1])] for row in (rows[0], rows[-1]))
@@ -234,16 +236,18 @@ def faked(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 
     def fake(tensor: Tensor) -> Tensor:
         made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-        if isinstance(tensor, nn.Parameter):
-            made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-            made.grad = torch.empty_like(made) if tensor.requires_grad else None
-        return made
+        if not isinstance(tensor, nn.Parameter):
+            return made
+        learning = nn.Parameter(made, requires_grad=tensor.requires_grad)
+        learning.grad = torch.empty_like(made) if tensor.requires_grad else None
+        return learning
 
     try:
         module.__dict__.update(dict.fromkeys(place, torch.device("cpu")))
         with mode:
             for part in module.modules():
-                for table in (part._parameters, part._buffers):
+                tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+                for table in tables:
                     for name, tensor in table.items():
                         if tensor is not None:
                             swapped.append((table, name, tensor))

@@ -46,9 +46,9 @@ Nothing is read but the recipe: no weights, no data, and no GPU is needed. A mod
 
 The table of memory is for one GPU that holds everything, in the recipe's precision and with its checkpointing of
 activations. A pass is run on tensors without content, forward, loss and backward, and all that is alive is counted:
-weights, gradients, AdamW's moments and an average for the whole run, activations and what is made in between. What lies
-between the corners of the table is interpolated: right, or some 5 % too high. A prompt is a target in MedSAM, and in SAM3
-a concept with one instance; targets are all decoded, and SAM3's concepts all have texts of their own.
+weights, gradients, AdamW's moments and an average for the whole run, activations and what is made in between. What
+lies between the corners of the table is interpolated: right, or some 5 % too high. A prompt is a target in MedSAM, and
+in SAM3 a concept with one instance and a text of its own.
 Not in it: the CUDA context and libraries' workspaces (about 1 GiB), what the allocator wastes, DDP's second copy of the
 gradients, and what FSDP saves by sharding. So a card counts as filled at nine tenths of its size.
 Mistakes in the recipe end with one line and exit code 2.
@@ -193,7 +193,7 @@ def step(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prompts_per_image(data: Mapping[str, Any]) -> int | None:
-    """The most prompts that the recipe asks an image: its targets and absent terms; None where all targets are taken."""
+    """The most prompts that the recipe asks an image: targets and absent terms; None where all targets are taken."""
     targets = data.get("targets_per_image")
     return None if targets is None else targets + (data.get("negatives_per_image") or 0)
 
