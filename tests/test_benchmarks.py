@@ -142,6 +142,16 @@ def packed_is_sane(found: dict[str, Any]) -> bool:
     )
 
 
+def sam3_step_is_sane(found: dict[str, Any]) -> bool:
+    return (
+        (found["images"], found["prompts"], found["image_size"]) == (2, 2, 112)
+        and found["images_per_second"].keys() == found["peak_gib"].keys() == {"recomputed", "kept"}
+        and positive(found["images_per_second"])
+        and None not in found["images_per_second"].values()
+        and 1e6 < found["parameters"] < 1e7
+    )
+
+
 def matcher_is_sane(found: dict[str, Any]) -> bool:
     rows = {str(number) for number in found["targets"]}
     syncs = found["syncs"]["10"]
@@ -166,6 +176,7 @@ def matcher_is_sane(found: dict[str, Any]) -> bool:
         ("index.py", ("--samples", "3000", "--repeats", "1"), index_is_sane),
         ("readers.py", ("--samples", "48"), alone_is_sane),
         ("packed.py", ("--pairs", "3", "--rounds", "1", "--models", "1"), packed_is_sane),
+        ("sam3_step.py", ("--images", "2", "--prompts", "2", "--steps", "1"), sam3_step_is_sane),
         ("matcher.py", ("--prompts", "4", "--layers", "2", "--rounds", "1"), matcher_is_sane),
         pytest.param("loader.py", ("--samples", "48"), loader_is_sane, marks=pytest.mark.slow),
     ],
