@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -70,8 +71,13 @@ class FactoredMasks(QueryMasks):
 
     def of(self, prompt: int, queries: Tensor) -> Tensor:
         """Mask logits (M, h, w) of some queries (M,) of one prompt."""
-        products = torch.einsum("mc,chw->mhw", self.queries[prompt, queries], self.pixels[prompt])
-        return products + self.offsets[prompt, queries, None, None]
+        embedded, pixels, offsets = self._prompts[prompt]
+        return torch.einsum("mc,chw->mhw", embedded[queries], pixels) + offsets[queries, None, None]
+
+    @cached_property
+    def _prompts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The parts of each prompt: indexing them one by one would make a gradient of the size of all for each."""
+        return list(zip(self.queries.unbind(), self.pixels.unbind(), self.offsets.unbind(), strict=True))
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,8 @@ class PlanCLI(RecipeCLI):
             "memory_bytes": memory(module, averaged),
             "optimizer": optimizer(module, resolved["trainer"]),
             "step": step(resolved["data"]["init_args"], resolved["trainer"]),
-            "prompts_per_image": prompts_per_image(resolved["data"]["init_args"]),
+            "terms_per_image": nodes.get("terms_per_image"),
+            "prompts_per_image": prompts_per_image(resolved["data"]["init_args"], nodes.get("terms_per_image")),
             "length": {name: resolved["trainer"].get(name) for name in ("max_steps", "max_epochs", "max_time")},
             "precision": str(resolved["trainer"].get("precision") or "32-true"),
             "notes": self.notes,
@@ -192,9 +193,9 @@ def step(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def prompts_per_image(data: Mapping[str, Any]) -> int | None:
-    """The most prompts that the recipe asks an image: targets and absent terms; None where all targets are taken."""
-    targets = data.get("targets_per_image")
+def prompts_per_image(data: Mapping[str, Any], terms: int | None = None) -> int | None:
+    """The most prompts that the recipe asks an image: targets or terms, and absent terms; None where all are taken."""
+    targets = data.get("targets_per_image") or terms
     return None if targets is None else targets + (data.get("negatives_per_image") or 0)
 
 

@@ -26,7 +26,7 @@ def show(plan: Mapping[str, Any], console: Console) -> None:
         "question": plan["question"],
         "model": _described(plan["model"], ("weights", "weights_sha256")),
         "tuning": _described(plan["tuning"]),
-        "step": _step_text(plan["step"]),
+        "step": _step_text(plan["step"], plan.get("terms_per_image")),
         "length": _length_text(plan["length"]),
         "optimiser": _optimizer_text(plan["optimizer"], plan["precision"]),
         "memory": _memory_text(plan["memory_bytes"]),
@@ -138,12 +138,12 @@ def _described(node: Mapping[str, Any], left_out: Sequence[str] = ()) -> str:
     return str(node["class_path"]) + (f": {', '.join(told)}" if told else "")
 
 
-def _step_text(step: Mapping[str, Any]) -> str:
+def _step_text(step: Mapping[str, Any], terms: int | None) -> str:
     devices = step["devices"]
     on = "one device, fewer on more" if devices is None else f"{devices} device" + "s" * (devices != 1)
     passes = f"{step['passes']} pass" + "es" * (step["passes"] != 1)
-    targets = step["targets_per_image"]
-    drawn = "all targets of each" if targets is None else f"{targets} target{'s' * (targets != 1)} of each"
+    targets, kind = (step["targets_per_image"], "target") if terms is None else (terms, "term")
+    drawn = "all targets of each" if targets is None else f"{targets} {kind}{'s' * (targets != 1)} of each"
     return f"{step['images']} images, {drawn}: {step['micro_batch']} at once, so {passes} on {on}"
 
 
