@@ -214,7 +214,7 @@ class SAM3(SegmentationModel):
             raise UserError(
                 f"weights {source}: they have nothing for points, which only Meta's own layout has: set points to false"
             )
-        load_strictly(self, ours, source)
+        load_strictly(self, ours, source, named=40)
 
     def at_size(self, image_size: int) -> SAM3:
         """A copy for another input side; its positions are tiled and scaled, as in the original."""
@@ -225,9 +225,13 @@ class SAM3(SegmentationModel):
 
     def _positions(self, coarse: Tensor) -> Tensor:
         """Positional encoding (1, g², C) of the coarsest features; in fp32, since bf16 cannot tell places apart."""
-        encoding = self.vision_encoder.neck.position_encoding
-        positions = encoding((1, *coarse.shape[1:]), coarse.device, torch.float32)
-        flat: Tensor = positions.flatten(2).transpose(1, 2)
+        # place by place: what the encoding makes of a whole map it keeps for ever, were it made in inference mode or of
+        # fake tensors, and gives that to a training
+        side = coarse.shape[-1]
+        ticks = torch.arange(1, side + 1, device=coarse.device, dtype=torch.float32) / (side + 1e-6)
+        across, down = self.vision_encoder.neck.position_encoding.encode_1d_positions(ticks, ticks)
+        rows, columns = down[:, None].expand(-1, side, -1), across[None].expand(side, -1, -1)
+        flat = torch.cat([rows, columns], dim=-1).flatten(0, 1)[None]
         return flat.to(coarse.dtype)
 
     def _geometry(self, coarse: Tensor, positions: Tensor, prompts: ConceptPrompts) -> tuple[Tensor, Tensor]:

@@ -89,13 +89,19 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str, named: int = 3) -> None:
     """Load a state dict and require that every key of the model was in it, and no other.
 
+    Args:
+        model: The model.
+        state: Tensors by name.
+        source: Where they came from, for messages.
+        named: How many keys a message names of each kind.
+
     Raises:
-        UserError: Missing, unknown or misshapen keys, the first few by name.
+        UserError: Missing, unknown or misshapen keys, by name.
     """
-    found = mismatch(model, state)
+    found = mismatch(model, state, named)
     if found:
         raise UserError(f"weights {source} do not fit {type(model).__name__}: {found}")
     training = model.training
@@ -103,7 +109,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     model.train().train(training)  # timm's TinyViT drops its cached attention biases when training is switched on
 
 
-def mismatch(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+def mismatch(model: nn.Module, state: Mapping[str, Tensor], named: int = 3) -> str:
     """Say in what keys and shapes a state dict differs from a model's, the first few by name; empty if in none."""
     own = model.state_dict()
     problems = {
@@ -112,7 +118,7 @@ def mismatch(model: nn.Module, state: Mapping[str, Tensor]) -> str:
         "misshapen": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
     }
     found = [
-        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+        f"{len(keys)} {kind} ({', '.join(keys[:named])}{', …' if len(keys) > named else ''})"
         for kind, keys in problems.items()
         if keys
     ]
