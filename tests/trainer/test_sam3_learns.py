@@ -19,7 +19,7 @@ from trainer.run import Run
 from trainer.scores import read_scores
 
 REPOSITORY = Path(__file__).parents[2]
-TERMS = {"spleen": 1, "right kidney": 2, "gallbladder": 4, "liver": 5}
+TERMS = {"spleen": 1, "right kidney": 2, "liver": 5}
 
 
 @pytest.mark.slow
@@ -33,8 +33,9 @@ def test_two_terms_and_an_absent_one(test_data: Path, tmp_path: Path, trainer_co
 
     recipe = yaml.safe_load((REPOSITORY / "recipes/sam3/tiny.yaml").read_text())
     shards = str(tmp_path / "shards/train")
-    recipe["data"]["init_args"] |= {"train": shards, "test": shards}
-    recipe["trainer"] |= {"default_root_dir": str(tmp_path / "run"), "accelerator": "cpu"}
+    recipe["model"]["init_args"]["terms_per_image"] = 2  # two minutes instead of four
+    recipe["data"]["init_args"] |= {"train": shards, "test": shards, "negatives_per_image": 1}
+    recipe["trainer"] |= {"default_root_dir": str(tmp_path / "run"), "accelerator": "cpu", "max_steps": 400}
     (tmp_path / "recipe.yaml").write_text("# Does it learn?\n" + yaml.safe_dump(recipe))
     code, _, error = trainer_command("fit", "-c", tmp_path / "recipe.yaml")
     assert code == 0, error
@@ -45,10 +46,10 @@ def test_two_terms_and_an_absent_one(test_data: Path, tmp_path: Path, trainer_co
     scores = read_scores(folder / "per_case.csv")
     by_term = {term: [row.dsc for row in scores if row.term == term] for term in TERMS}
     assert sum(row.dsc for row in scores) / len(scores) > 0.9
-    assert all(sum(values) / len(values) > 0.85 for values in by_term.values()), by_term
+    assert all(sum(values) / len(values) > 0.88 for values in by_term.values()), by_term
     overall = json.loads((folder / "presence.json").read_text())["groups"][0]
-    assert overall["absent"] >= 20 and overall["false_positives"] == 0
-    assert overall["found"] > 0.9 and overall["auroc"] > 0.99
+    assert overall["absent"] == 11 and overall["false_positives"] == 0  # slices above and below the right kidney
+    assert overall["found"] > 0.8 and overall["auroc"] > 0.99
 
     # one image, two terms: each mask is its own term's and not the other's
     module = restore(Run(tmp_path / "run"))

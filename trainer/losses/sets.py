@@ -114,8 +114,8 @@ class ObjectSets:
     Attributes:
         counts: P numbers of instances; 0 where the concept is absent.
         boxes: (N, 4).
-        masks: (N, H, W) of 0 and 1; None where no loss needs them.
-        semantic: (P, H, W) of 0 and 1, all of a concept in one mask; None takes the union of the instances.
+        masks: (N, H, W) of 0 and 1, or shares between; None where no loss needs them.
+        semantic: (P, H, W) as `masks`, all of a concept in one mask; None takes the union of the instances.
         has_mask: (N,) bool, which instances have a mask; None is all.
     """
 

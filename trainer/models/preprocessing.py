@@ -17,6 +17,8 @@ from torch import Tensor
 _MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 _STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 """Of ImageNet's colours, as SAM takes them."""
+HELD = 2**26
+"""Native pixels of soft targets that are held at once in fp32."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,27 @@ class Preprocessing:
             if lost.any():
                 resized[lost] = F.adaptive_max_pool2d(native[lost], size)
             return self._pad(resized)[:, 0]
+
+        return _by_size([mask.to(device) for mask in masks], prepare)
+
+    def shares(self, masks: Sequence[Tensor], device: torch.device | str | None = None) -> Tensor:
+        """Make soft targets: which share of each pixel a mask fills, so that the smallest and the thinnest still count.
+
+        Args:
+            masks: Q masks (H, W), nonzero inside.
+            device: Where to compute, without waiting for it; the masks' own by default.
+
+        Returns:
+            (Q, S, S) float32 in [0, 1], zero in the padding.
+        """
+        if not masks:
+            return torch.zeros(0, self.image_size, self.image_size, device=device)
+
+        def prepare(stack: Tensor) -> Tensor:
+            size = self.input_size(*stack.shape[-2:])
+            some = max(1, HELD // stack[0].numel())  # in fp32 a hundred nuclei of a slide would take gigabytes
+            parts = [F.adaptive_avg_pool2d((piece[:, None] != 0).float(), size) for piece in stack.split(some)]
+            return self._pad(torch.cat(parts))[:, 0]
 
         return _by_size([mask.to(device) for mask in masks], prepare)
 

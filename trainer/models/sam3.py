@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 from transformers import Sam3Model
 
 from data_shards.errors import UserError
@@ -184,7 +185,7 @@ class SAM3(SegmentationModel):
             prompts: The prompts.
         """
         device = known.device
-        prompts, place = prompts.to(device), place.to(device)
+        prompts, place = prompts.to(device), place.to(device, non_blocking=True)
         positions = self._positions(features.levels[-1])
         shown, shown_valid = self._geometry(features.levels[-1], positions, prompts)
         prompt = torch.cat([known[place].to(shown.dtype), shown], dim=1)
@@ -249,7 +250,7 @@ class SAM3(SegmentationModel):
         if labels is None:
             labels = torch.ones(boxes.shape[:2], dtype=torch.int64, device=device)
         with torch.autocast(device.type, enabled=False):  # bf16 would round coordinates to some two pixels
-            embedded, valid = encoder._encode_boxes(boxes, labels >= 0, labels.clamp(min=0), normed.float())
+            embedded, valid = self._boxes(normed.float(), boxes, labels)
             if prompts.points is not None:
                 points, points_valid = self._points(normed.float(), prompts.points, prompts.point_labels)
                 embedded, valid = torch.cat([points, embedded], 1), torch.cat([points_valid, valid], 1)
@@ -261,6 +262,16 @@ class SAM3(SegmentationModel):
         for layer in encoder.layers:
             shown = layer(shown, flat, positions, valid[:, None, None, :])
         return encoder.output_layer_norm(shown), valid
+
+    def _boxes(self, normed: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode box exemplars (P, N, 4), as transformers does, which waits for the device to learn the map's side."""
+        encoder, side = self.geometry_encoder, normed.shape[-1]
+        corners = side * torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], dim=-1)
+        there = roi_align(normed, list(corners.unbind(0)), encoder.roi_size)
+        pooled = encoder.boxes_pool_project(there).flatten(1).unflatten(0, boxes.shape[:2])
+        place = encoder._encode_box_coordinates(*boxes.flatten(0, 1).unbind(-1)).unflatten(0, boxes.shape[:2])
+        embedded = encoder.boxes_direct_project(boxes) + pooled + encoder.boxes_pos_enc_project(place)
+        return embedded + encoder.label_embed(labels.clamp(min=0)), labels >= 0
 
     def _points(self, normed: Tensor, points: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Encode point exemplars (P, N, 2), as Meta's code does: where they are, what is there, and their position."""

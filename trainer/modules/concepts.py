@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data_shards.batch import TripletBatch
 from trainer.losses import ObjectSets, SetPredictionLoss
+from trainer.losses.matching import upload
 from trainer.models import SAM3, Preprocessing
 from trainer.modules.scoring import Prediction
 from trainer.presence import TermAnswer
@@ -32,27 +34,30 @@ def objects_of(
         device: Where to put it.
 
     Returns:
-        Instances, boxes as shares of the input, and all of a concept in one mask.
+        Instances, boxes as shares of the input, and all of a concept in one mask. Masks are shares of their pixels.
     """
     rows = [row for concept in concepts for row in concept.rows]
     wholes = [(p, concept.whole) for p, concept in enumerate(concepts) if concept.whole is not None]
     parts = [(p, row) for p, c in enumerate(concepts) if c.whole is None for row in c.rows]
     used = sorted({*rows, *(row for _, row in wholes + parts)})
     place = {row: number for number, row in enumerate(used)}
-    masks = replace(preprocessing, image_size=side).masks([batch.masks[row] for row in used], device)
+    masks = replace(preprocessing, image_size=side).shares([batch.masks[row] for row in used], device)
     # boxes name their outermost pixels; edges lie one further on
     edges = batch.boxes[rows] + torch.tensor([0.0, 0.0, 1.0, 1.0])
     corners = preprocessing.boxes(edges, batch.sizes[rows])[0] / preprocessing.image_size
     low, high = corners[:, :2], corners[:, 2:]
     boxes = torch.cat([(low + high) / 2, high - low], dim=1).to(device, non_blocking=True)
+    shown = wholes + parts
+    owners, whole, instances = upload(
+        np.array([p for p, _ in shown] + [place[row] for _, row in shown] + [place[row] for row in rows], np.int64),
+        device,
+    ).split([len(shown), len(shown), len(rows)])
     semantic = torch.zeros(len(concepts), side, side, device=device)
-    owners = torch.tensor([p for p, _ in wholes + parts], dtype=torch.int64, device=device)
-    shown = masks[[place[row] for _, row in wholes + parts]]
-    semantic = semantic.index_add(0, owners, shown).clamp(max=1)
+    semantic = semantic.index_add(0, owners, masks[whole]).clamp(max=1)
     return ObjectSets(
         counts=[len(concept.rows) for concept in concepts],
         boxes=boxes,
-        masks=masks[[place[row] for row in rows]],
+        masks=masks[instances],
         semantic=semantic,
     )
 

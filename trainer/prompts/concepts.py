@@ -123,6 +123,7 @@ class ConceptPrompts:
         return len(self.texts)
 
     def to(self, device: torch.device | str) -> ConceptPrompts:
-        """Move the tensors."""
+        """Move the tensors, without waiting for it."""
         names = ("image_index", "boxes", "box_labels", "points", "point_labels")
-        return replace(self, **{name: value.to(device) for name in names if (value := getattr(self, name)) is not None})
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in given.items()})

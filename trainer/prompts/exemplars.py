@@ -82,7 +82,9 @@ class Exemplars:
         if self.points:
             assert truth.masks is not None
             side = truth.masks.shape[-1]
-            regions = truth.masks[place[:, self.boxes :].flatten()] > 0.5
+            masks = truth.masks[place[:, self.boxes :].flatten()]
+            # of a target that is smaller than a pixel, the fullest
+            regions = masks > 0.5 * masks.amax((1, 2), keepdim=True)
             points, there = drawn(regions, torch.from_numpy(numbers).reshape(-1, 1))
             points = ((points[:, 0] + 0.5) / side).unflatten(0, (count, self.points))
             on_mask = there.unflatten(0, (count, self.points))
