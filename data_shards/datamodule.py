@@ -32,7 +32,8 @@ class TripletDataModule(LightningDataModule):
         val: Folder of the validation split; null goes without.
         test: Folder of the test split, also taken by ``predict``.
         batch_size: Images in one optimiser step, over all GPUs. How many passes that takes follows from it.
-        micro_batch_size: Images a GPU takes at once; lower it when memory runs out, a step stays the same.
+        micro_batch_size: Images a GPU takes at once; lower it when memory runs out, a step stays the same. Nearly so
+            with set prediction, whose terms are divided by the targets of each pass.
         targets_per_image: Targets drawn from an image in an epoch; null takes all, encoding the image once for them.
         num_workers: Processes that read and decode; 0 reads in the main process.
         seed: Seed of the order of samples and of drawn targets; that of the run (`seed_everything`) if null.

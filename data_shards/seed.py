@@ -21,6 +21,7 @@ Purpose = Literal[
     "exemplars",
     "wording",
     "terms",
+    "dropout",
 ]
 _TAGS: dict[Purpose, int] = {
     "negatives": 0x6E656761,
@@ -34,6 +35,7 @@ _TAGS: dict[Purpose, int] = {
     "exemplars": 0x6578656D,
     "wording": 0x776F7264,
     "terms": 0x7465726D,
+    "dropout": 0x64726F70,
 }
 """Set streams apart from each other, and from those of orders, targets and boxes, which begin with (seed, epoch)."""
 

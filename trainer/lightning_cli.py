@@ -48,7 +48,7 @@ EVERY_RUN = (Throughput, SampleTrace, ValidationRecord, ValidationPanels, Evalua
 
 _ANY_KEY = """\
 Any key of the recipe can be given here too, with its dotted name; what a class takes is shown by
-  trainer fit --model.help trainer.modules.MedSAMModule
+  trainer fit --model.help trainer.modules.MedSAMModule      (SAM3: trainer.modules.SAM3Module)
   trainer fit --data.help data_shards.datamodule.TripletDataModule
 """
 DESCRIPTIONS = {

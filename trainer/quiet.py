@@ -19,6 +19,7 @@ def quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*torch.jit.*deprecated.*",
         ".*overridden `on_after_batch_transfer` in `LightningModule`.*",  # meant: each hook has one owner
+        ".*smaller than the logging interval.*",  # what is logged is counted over all epochs
         ".*callbacks used to create the checkpoint need to be provided.*",  # another monitor, say: harmless
     ):
         warnings.filterwarnings("ignore", noise)

@@ -203,3 +203,18 @@ def test_a_target_between_the_sampled_pixels_is_not_lost():
     resized = Preprocessing(image_size=128).masks(masks)
     assert resized.flatten(1).sum(1).tolist() == [1, 1, 1]
     assert [tuple(where[0].tolist()) for where in (m.nonzero() for m in resized)] == [(1, 2), (25, 75), (127, 0)]
+
+
+def test_soft_targets_keep_the_smallest_and_the_thinnest(monkeypatch: pytest.MonkeyPatch) -> None:
+    dot, line, half = (torch.zeros(64, 64, dtype=torch.uint8) for _ in range(3))
+    dot[5, 9], line[:, 30], half[:, :32] = 1, 1, 255
+    made = Preprocessing(16, resize="squash")
+    shares = made.shares([dot, line, half])
+    assert shares[0, 1, 2] == 1 / 16 and shares[0].sum() == 1 / 16  # one of the 16 native pixels of this one
+    assert (shares[1, :, 7] == 1 / 4).all() and shares[1].sum() == 4  # unbroken
+    assert (shares[2, :, :8] == 1).all() and shares[2].sum() == 128
+    monkeypatch.setattr("trainer.models.preprocessing.HELD", 1)
+    assert torch.equal(made.shares([dot, line, half]), shares)
+    assert made.shares([]).shape == (0, 16, 16)
+    padded = Preprocessing(16).shares([torch.ones(8, 32)])
+    assert (padded[0, :4] == 1).all() and padded.sum() == 64

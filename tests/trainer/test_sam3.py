@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_sam3 import SHAPE, SIDE, detect, every_mask, images, make, tokens
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Sam3Model
 from transformers.models.sam3.modeling_sam3 import inverse_sigmoid
 
@@ -318,3 +319,38 @@ def test_under_autocast_it_is_nearly_the_same_and_learns() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(model, boxes=boxes)
     assert all(gradient is not None and gradient.isfinite().all() for gradient in found.values())
+
+
+def test_under_autocast_the_decoders_mlps_are_in_fp32() -> None:
+    """As in Meta's code."""
+    model, seen = make(), []
+    for layer in model.detr_decoder.layers:
+        layer.mlp.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        detect(model, images(1), (0,), (5,))
+    assert seen == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_recomputing_drops_out_the_same(autocast: bool) -> None:
+    found = []
+    for recompute in (False, True):
+        model = make(checkpoint_activations=recompute, dropout=0.3, drop_path=0.5)
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(gradients(model))
+    assert all(torch.equal(found[0][name], gradient) for name, gradient in found[1].items())
+
+
+def test_positions_of_an_evaluation_or_a_plan_do_not_reach_a_training() -> None:
+    """transformers keeps its position encodings: made in inference mode they could not be saved for a backward pass."""
+    with torch.inference_mode():
+        detect(make(), images(1), (0,), (5,))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        make()._positions(torch.zeros(1, 32, 8, 8))
+    model = make(checkpoint_activations=True).train()
+    detect(model, images(1), (0,), (5,)).boxes.sum().backward()
+    places = model._positions(torch.zeros(1, 32, 8, 8))
+    encoding = model.vision_encoder.neck.position_encoding
+    expected = encoding((2, 32, 8, 8), torch.device("cpu"), torch.float32)[:1].flatten(2).transpose(1, 2)
+    assert type(places) is Tensor and torch.equal(places, expected)

@@ -62,7 +62,7 @@ def test_a_training_step_waits_for_nothing_but_the_match(
 
     monkeypatch.setattr(SetPredictionLoss, "match", match)
     # it reads sizes on the host, which is free, but not of tensors that only pretend
-    monkeypatch.setattr(Preprocessing, "_inside", lambda self, sizes: torch.full((len(sizes), 2), self.image_size * 1.0))
+    monkeypatch.setattr(Preprocessing, "_inside", lambda self, sizes: torch.full((len(sizes), 2), float(SIDE)))
     waits, batch = Waits(), make_batch()
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda:0"):
@@ -70,7 +70,7 @@ def test_a_training_step_waits_for_nothing_but_the_match(
         loss = SetPredictionLoss(mask_weight=1.0, dice_weight=1.0, mask_chunk=2)
         module = SAM3Module(model, loss=loss, exemplars=exemplars).train()
         module._device = torch.device("cuda", 0)
-        module.log_dict = lambda *given, **named: None  # type: ignore[method-assign]
+        module.log_dict = lambda *given, **named: None
         batch = batch.to("cuda:0")
         with waits, torch.autocast("cuda", torch.bfloat16):
             found = module.training_step(batch, 0)

@@ -139,7 +139,7 @@ def test_points_lie_on_their_instance() -> None:
         assert shown.boxes is None and shown.point_labels.tolist() == [[1], [1], [-1], [-1]]
         for p in (0, 1):
             x, y = (shown.points[p, 0] * 32).long().tolist()
-            assert truth.semantic[p, y, x] == 1
+            assert truth.semantic[p, y, x] > 0.5
     with pytest.raises(UserError, match=r"model\.init_args\.points"):
         SAM3Module(make(), exemplars=Exemplars(points=1))
 
@@ -192,7 +192,8 @@ def test_overlaps_go_to_the_surest_term() -> None:
     masks = torch.stack([mask > 0 for mask in resolved])
     assert masks[0].sum() == 8 and masks[1].sum() == 8 and not (masks[0] & masks[1]).any()
     assert masks[2].all()  # another image
-    torch.testing.assert_close(resolved[0][:, :2], logits[0][:, :2])
+    equal = without_overlaps(list(logits[:2].clamp(max=1)), torch.tensor([0.5, 0.5]), torch.tensor([0, 0]))
+    assert equal[0][:, :3].all() and not equal[1][:, :3].any()  # of equals the first, on every device
 
 
 def test_semantic_answers_come_from_the_semantic_head() -> None:
@@ -302,6 +303,8 @@ def test_a_run_goes_on_bit_by_bit(shape_shards: Path, tmp_path: Path, trainer_co
     for name, stops in (("whole", (4,)), ("parts", (3, 4))):
         content = small(RECIPES[0].with_name("tiny.yaml"), shape_shards, tmp_path / name, max_steps=4)
         content["model"]["init_args"] |= overlay
+        content["model"]["init_args"]["model"]["init_args"] |= {"dropout": 0.3, "drop_path": 0.3}
+        content["model"]["init_args"]["loss"]["init_args"]["mask_points"] = 20
         path = tmp_path / f"{name}.yaml"
         path.write_text("# Does it go on?\n" + yaml.safe_dump(content))
         for number, stop in enumerate(stops):

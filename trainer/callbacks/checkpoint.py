@@ -94,7 +94,17 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the best, and save what was due before the validation."""
+        """Keep the best, and save what was due before the validation.
+
+        Raises:
+            UserError: The metric that says what is best was not logged.
+        """
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and (self.monitor or "").startswith("val/"):
+            logged = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+            if self.monitor not in logged:
+                raise UserError(
+                    f"checkpoint.monitor {self.monitor}: not logged here{nearest(str(self.monitor), logged)}"
+                )
         super().on_validation_end(trainer, pl_module)
         if self._due and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._saved_step = -1  # a run that is told to stop has saved already, without what this validation found
@@ -125,7 +135,7 @@ def check_monitor(name: str | None) -> None:
         UserError: There is no such metric.
     """
     known = [f"val/{metric}{kind}" for metric in METRICS for kind in ("", "_median")]
-    known += ["val/dsc_gain", "val/targets_worse"]
+    known += ["val/dsc_gain", "val/targets_worse", "val/found", "val/false_positives", "val/presence_auroc"]
     metric, _, group = (name or "").removeprefix("val/").partition("/")
     of_group = metric in METRICS and group.partition("/")[0] in ("dataset", "modality")
     if name and not name.startswith("train/") and name not in known and not of_group:

@@ -165,8 +165,9 @@ class ProgressLines(Callback):
         self._last = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock; the first step has its line, whatever came before."""
         self._clock.start(trainer)
+        self._last = 0.0
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Print a line if it is time."""
@@ -185,9 +186,34 @@ class ProgressLines(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Print a line if it is time."""
+        self._say(trainer, "evaluated", batch_idx + 1, trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._last = time.perf_counter()
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Print a line if it is time."""
+        self._say(trainer, "predicted", batch_idx + 1, trainer.num_predict_batches)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock, where no training's last line has."""
+        self._last = self._last or time.perf_counter()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Print a line if it is time."""
+        checked = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._say(trainer, "validated", batch_idx + 1, checked)
+
+    def _say(self, trainer: Trainer, what: str, done: int, counts: Any) -> None:
+        """Print how far an evaluation is, if it is time."""
         if trainer.is_global_zero and time.perf_counter() - self._last > self.seconds:
             self._last = time.perf_counter()
-            print(f"evaluated {batch_idx + 1}/{trainer.num_test_batches[0]} batches", flush=True)
+            print(f"{what} {done}/{_batches(counts) or '?'} batches", flush=True)
 
 
 def _batches(counts: Any) -> int | None:

@@ -123,6 +123,8 @@ class VolumeRecord(Callback):
                 f"VolumeRecord: gap is 0 or more, min_slices 1 or more, terms null or at least one, not {gap}, "
                 f"{min_slices} and {terms}"
             )
+        if not all(term.strip() for term in terms or ()):
+            raise UserError(f"VolumeRecord: terms {terms}: one is empty: name what is to be segmented")
         if tracker is not None and method == "link":
             raise UserError("VolumeRecord: method link takes no tracker: leave it out, or set method to track")
         self.method, self.tracker = method, tracker

@@ -31,6 +31,10 @@ class SetPredictionLoss(nn.Module):
     Terms on boxes and masks are sums over matched pairs, divided by the targets a rank has on average over all ranks
     (at least 1). Computed in fp32, also under autocast. A NaN anywhere in the boxes or logits makes the loss NaN.
 
+    A step of several passes (`micro_batch_size`) learns the mean of their losses, each divided by its own numbers of
+    targets and prompts: a target counts for more where there are few others in its pass. The official code sums them,
+    divided likewise.
+
     A weight of 0 on both mask terms, or on both semantic ones, leaves them out: then what only they would train gets no
     gradient, not one of 0.
 
@@ -100,6 +104,8 @@ class SetPredictionLoss(nn.Module):
         for name, factor in factors.items():
             if not (isfinite(factor) and factor >= 0):
                 raise UserError(f"SetPredictionLoss: {ARGUMENTS.get(name, name)} is {factor}: give 0 or more")
+        if not any(self.weights.values()):
+            raise UserError(f"SetPredictionLoss: nothing is learnt: {', '.join(ARGUMENTS.values())} are all 0")
         _check(alpha, gamma, padded_queries, mask_at, mask_chunk, mask_points)
         self.positive_weight, self.alpha, self.gamma = positive_weight, alpha, gamma
         self.padded_queries, self.one_to_many_weight = padded_queries, one_to_many_weight

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
+from torchvision.ops import roi_align  # type: ignore[import-untyped]
 from transformers import Sam3Model
 
 from data_shards.errors import UserError

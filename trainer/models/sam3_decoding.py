@@ -128,7 +128,9 @@ class Detection:
             query=rows + place, key=memory + positions, value=memory, attention_mask=bias.to(memory.dtype)
         )[0]
         rows = layer.vision_cross_attn_layer_norm(rows + layer.vision_cross_attn_dropout(attended))
-        out: Tensor = layer.mlp_layer_norm(rows + layer.mlp_dropout(layer.mlp(rows)))
+        with torch.autocast(rows.device.type, enabled=False):  # in fp32, as in the official code
+            inside = layer.mlp(rows.float())
+        out: Tensor = layer.mlp_layer_norm(rows + layer.mlp_dropout(inside))
         return out
 
     def _bias(self, boxes: Tensor, side: int) -> Tensor:

@@ -120,6 +120,19 @@ def check_sizes(shape: SAM3Shape, image_size: int, dropout: float, drop_path: fl
     small = [name for name, value in sizes.items() if value < 1 and name != "norm_eps"]
     if small:
         raise UserError(f"shape.{small[0]} {sizes[small[0]]}: sizes are 1 or more")
+    if not 0 < shape.norm_eps < 1:
+        raise UserError(f"shape.norm_eps {shape.norm_eps}: a small number above 0, such as 1e-5")
+    beyond = [place for place in shape.global_blocks if not 0 <= place < shape.depth]
+    if beyond:
+        raise UserError(
+            f"shape.global_blocks {beyond[0]}: shape.depth {shape.depth} has the blocks 0 to {shape.depth - 1}"
+        )
+    if shape.context < 3:
+        raise UserError(
+            f"shape.context {shape.context}: a text takes 3 tokens or more: its start, one of it, and its end"
+        )
+    if shape.pretrained_size < shape.patch:
+        raise UserError(f"shape.pretrained_size {shape.pretrained_size}: at least shape.patch, {shape.patch} pixels")
     for width, heads, step in (
         ("width", "heads", 4),
         ("text_width", "text_heads", 1),

@@ -103,7 +103,9 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str, na
     """
     found = mismatch(model, state, named)
     if found:
-        raise UserError(f"weights {source} do not fit {type(model).__name__}: {found}")
+        merged = "; it has LoRA's additions beside them: `trainer export` merges these"
+        hint = merged if any(".lora_" in name for name in state) else ""
+        raise UserError(f"weights {source} do not fit {type(model).__name__}: {found}{hint}")
     training = model.training
     model.load_state_dict(state, strict=True)
     model.train().train(training)  # timm's TinyViT drops its cached attention biases when training is switched on
@@ -194,7 +196,10 @@ def _load(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"weights {path}: not a readable checkpoint ({type(error).__name__})") from error
+        raise UserError(
+            f"weights {path}: not a readable checkpoint ({type(error).__name__}): it is empty, cut off or another kind "
+            "of file; fetch it again"
+        ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -203,7 +208,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         or not state
         or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
     ):
-        raise UserError(f"weights {path}: holds no state dict of tensors by name")
+        raise UserError(f"weights {path}: holds no state dict of tensors by name: give a file of weights")
     # what was around the model when it was saved: DataParallel (MedSAM's script for several GPUs), torch.compile, or
     # the module of a run's own checkpoint
     for prefix in ("module.", "_orig_mod.", "model."):

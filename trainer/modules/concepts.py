@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,20 +112,46 @@ def _unlearnt(loss: SetPredictionLoss) -> list[str]:
     return parts if instances else [*parts, "mask_decoder.mask_embedder", "mask_decoder.instance_projection"]
 
 
+def nothing_absent(datamodule: Any, stage: str) -> list[str]:
+    """What to say where negatives are asked for and no image lacks a term that was looked for in it.
+
+    Args:
+        datamodule: A `TripletDataModule` that is set up; another has nothing to say.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+    """
+    shards = getattr(datamodule, "shards", {})
+    splits = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",))
+    found = []
+    for split in splits:
+        name = "negatives_per_image" if split == "train" else "evaluated_negatives"
+        count = getattr(datamodule, name, 0)
+        if count and split in shards and not shards[split].index.absent.any():  # -1 where an old index cannot say
+            what = "looked for in an image of it and not there: nothing is asked for in vain"
+            found.append(f"data.init_args.{name} {count}: {datamodule.folders[split]} has no term that was {what}")
+    return found
+
+
 def without_overlaps(masks: Sequence[Tensor], scores: Tensor, image_index: Tensor) -> list[Tensor]:
-    """Give each pixel to the term that is most confident there; elsewhere it is outside.
+    """Give each pixel to the term that is most confident there; of equals, to the first.
 
     Args:
         masks: Q logits (H, W).
         scores: (Q,) confidences.
         image_index: (Q,) the image of each.
+
+    Returns:
+        Q masks (H, W) bool.
     """
     resolved = list(masks)
     for image in image_index.unique().tolist():
         mine = [q for q, owner in enumerate(image_index.tolist()) if owner == image]
-        logits = torch.stack([masks[q] for q in mine])
-        confidence = logits.sigmoid() * scores[mine].to(logits)[:, None, None]
-        winner = confidence.masked_fill(logits <= 0, -1).argmax(0)
+        winner = torch.full_like(masks[mine[0]], -1, dtype=torch.int16)
+        best = torch.full_like(masks[mine[0]], -1.0)
+        for place, q in enumerate(mine):  # one by one: stacked, a hundred terms would take several times their memory
+            confidence = masks[q].sigmoid() * scores[q].to(masks[q])
+            better = (masks[q] > 0) & (confidence > best)
+            winner = winner.masked_fill(better, place)
+            best = torch.where(better, confidence, best)
         for place, q in enumerate(mine):
-            resolved[q] = torch.where(winner == place, masks[q], -1.0)
+            resolved[q] = winner == place
     return resolved

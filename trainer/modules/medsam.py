@@ -17,7 +17,7 @@ from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
 from trainer.losses import DiceCrossEntropy, resize_logits
 from trainer.metrics import overlap
-from trainer.models import SegmentationModel
+from trainer.models import SAM3, SegmentationModel
 from trainer.modules.optimization import RateSchedule, Schedule
 from trainer.modules.scoring import Prediction
 from trainer.modules.tuned import TunedModule
@@ -88,10 +88,14 @@ class MedSAMModule(TunedModule):
         timescale: int | None = None,
         final_factor: float = 0.0,
     ) -> None:
+        if isinstance(model, SAM3):
+            raise UserError(
+                "MedSAMModule asks with boxes and points, SAM3 is asked in words: take trainer.modules.SAM3Module"
+            )
         rates = RateSchedule(schedule, warmup_steps, cooldown_steps, power, timescale, final_factor)
         super().__init__(model, tuning or FullTuning(), lr, weight_decay, decay, betas, rates)
         if not 0 <= score_weight < inf:
-            raise UserError(f"score_weight is 0 or more, not {score_weight}")
+            raise UserError(f"score_weight {score_weight}: 0 or more")
         self.prompts = prompts or BoxPrompts()
         self.loss = loss or DiceCrossEntropy()
         self.score_weight = score_weight

@@ -7,6 +7,7 @@ Sources: Carion et al. 2025 (SAM 3); Jiang et al. 2026 (Medical SAM3, arXiv:2601
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
+from data_shards.seed import run_seed, stream
 from trainer.losses import SetPredictionLoss
 from trainer.losses.matching import made_up_matches
 from trainer.losses.set_prediction import share_of_targets
 from trainer.losses.sets import ObjectSets, SetPrediction
 from trainer.models import SAM3
 from trainer.models.sam3 import SAM3Features
-from trainer.modules.concepts import objects_of, term_answers, unreached, without_overlaps
+from trainer.modules.concepts import nothing_absent, objects_of, term_answers, unreached, without_overlaps
 from trainer.modules.optimization import RateSchedule, Schedule
 from trainer.modules.scoring import Prediction
 from trainer.modules.tuned import TunedModule
@@ -116,12 +118,17 @@ class SAM3Module(TunedModule):
         self._encoded: tuple[TripletBatch, SAM3Features] | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuse clips and drawn targets, besides what every module refuses.
+        """Refuse clips and drawn targets, besides what every module refuses; say where no negative can be drawn.
 
         Raises:
-            UserError: Clips, a part of a term's instances, a wrong precision, or a schedule without an end.
+            UserError: Clips, a part of a term's instances, no tokenizer, a wrong precision, or a schedule without an
+                end.
         """
         super().setup(stage)
+        _ = self.model.tokenizer  # read now: not when the first image has been encoded
+        if self.trainer.is_global_zero:
+            for line in nothing_absent(self.trainer.datamodule, stage):
+                print(line, file=sys.stderr, flush=True)
         if stage == "fit":
             self.refuse({"clip_length": 1}, "SAM3Module learns from single images")
             why = "SAM3Module learns all instances of a term at once; model.init_args.terms_per_image draws whole terms"
@@ -163,6 +170,9 @@ class SAM3Module(TunedModule):
         if not concepts:  # every sample was damaged and skipped, or shows nothing that was looked for
             share_of_targets(0, self.device)  # the other ranks count together with this one
             return self.nothing_learnt()
+        # what drops out, too, is a function of the samples: a resumed run goes on alike, and ranks differ
+        drawn = self.current_epoch, batch.positions[0], *batch.repeats[:1]
+        torch.manual_seed(int(stream(run_seed(None), "dropout", *drawn).integers(2**63)))
         truth = objects_of(batch, concepts, self.model.preprocessing, self._side(), self.device)
         losses = self.loss(self(batch, concepts, truth, self.current_epoch), truth)
         shown = {f"train/{name}": value.detach() for name, value in losses.items()}
@@ -202,6 +212,8 @@ class SAM3Module(TunedModule):
             for p, concept in enumerate(some):
                 size = batch.images[concept.image].shape[-2:]
                 native = self.model.preprocessing.to_native(logits[p : p + 1], *size)[0]
+                if not self.resolve_overlaps:  # logits are four times as large
+                    native = native > 0
                 if concept.rows:
                     masks[concept.rows[0]] = native
                     scores[concept.rows[0]] = confidence[p]
@@ -211,7 +223,7 @@ class SAM3Module(TunedModule):
         if self.resolve_overlaps:
             masks = without_overlaps(masks, scores, batch.image_index)
         return Prediction(
-            masks=[mask > 0 for mask in masks],
+            masks=masks,
             scores=scores,
             boxes=torch.full((len(masks), 4), torch.nan),
             points=torch.zeros(len(masks), 0, 2),
@@ -280,6 +292,7 @@ class SAM3Module(TunedModule):
     def _log(self, stage: str, scores: Any) -> None:
         super()._log(stage, scores)
         self.log_dict(logged_rates(stage, self.gathered_answers(), self.threshold), sync_dist=True)
+        self._encoded = None  # a training needs the memory
 
     def _answers(self, features: SAM3Features, asked: ConceptPrompts) -> tuple[Tensor, Tensor]:
         """Mask logits (P, h, w) and confidences (P,)."""

@@ -144,9 +144,10 @@ class RunData:
         return float(np.median(rates)) if rates else None
 
     def outdated(self) -> bool:
-        """Whether the run was trained on after its evaluation."""
-        scored = self.after.record.get("step") if self.after else None
-        return isinstance(scored, int) and scored < (self.steps or 0)
+        """Whether the run was trained on after its evaluation; the best checkpoint may well be an early one."""
+        record = self.after.record if self.after else {}
+        scored, best = record.get("step"), Path(str(record.get("checkpoint"))).name.startswith("best-")
+        return isinstance(scored, int) and scored < (self.steps or 0) and not best
 
     def unlike(self) -> list[str]:
         """How the evaluations that are compared were scored differently; what either did not record is left out."""

@@ -13,7 +13,7 @@ from trainer.report.data import Evaluation, RunData
 from trainer.report.gate import gate_figure, gate_section
 from trainer.report.groups import group_sections, mean_sd, scored_metrics
 from trainer.report.markup import Markup, code, duration, facts, paragraph, score, section, signed, table, text
-from trainer.report.pictures import Choice, choose, draw
+from trainer.report.pictures import Choice, choose, draw, has_box
 from trainer.report.sets import sets_section
 from trainer.report.style import STYLE
 from trainer.report.words import word_sections
@@ -131,7 +131,7 @@ def _panels(data: RunData) -> str:
         f'<label><input type="checkbox" id="show-{kind}" checked>'
         f'<svg viewBox="0 0 34 18" aria-hidden="true">{mark}</svg>'
         f"<span>{name} <small>({how})</small></span></label>"
-        for kind, name, how, mark in (*_LEGEND, _prompt_legend(choices))
+        for kind, name, how, mark in (*_LEGEND, *_prompt_legend(choices))
     )
     note = (
         f"{counted(len(choices), 'target')} of the {kept} that were kept as pictures, from worst to best by DSC"
@@ -147,11 +147,13 @@ def _panels(data: RunData) -> str:
     )
 
 
-def _prompt_legend(choices: Sequence[Choice]) -> tuple[str, str, str, str]:
+def _prompt_legend(choices: Sequence[Choice]) -> list[tuple[str, str, str, str]]:
+    """The prompt's line of the legend; none where a model was asked in words, of which nothing is drawn."""
     box = '<rect class="prompt" x="4" y="4" width="26" height="10"/>'
     if not any(len(choice.panel.points) for choice in choices):
-        return "prompt", "box", "dotted: the prompt", box
-    return "prompt", "prompt", "dotted box; circle: on the target; cross: beside it", box
+        drawn = any(has_box(choice.panel) for choice in choices)
+        return [("prompt", "box", "dotted: the prompt", box)] if drawn else []
+    return [("prompt", "prompt", "dotted box; circle: on the target; cross: beside it", box)]
 
 
 def _training(data: RunData) -> str:

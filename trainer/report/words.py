@@ -45,6 +45,8 @@ def _presence(data: RunData) -> str:
         rows.append((group.group, _KINDS.get(group.kind, group.kind), group.present, group.absent, *values))
     columns = ["Group", "Of", "Asked where there", "Asked where absent", *_columns(list(_RATES.values()), sides)]
     levels = " and ".join(f"{one.presence.threshold:g} {side} tuning" for side, one in sides.items() if one.presence)
+    same = {one.presence.threshold for one in sides.values() if one.presence}
+    levels = f"{same.pop():g}" if len(same) == 1 < len(sides) else levels
     note = (
         f"A term counts as found from a confidence of {levels}. Found where absent: share of the terms that were "
         "looked for, are not there, and were answered with a mask all the same. AUROC: how often a term that is there "

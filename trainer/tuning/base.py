@@ -55,6 +55,7 @@ class Tuning(ABC):
         Raises:
             UserError: It does.
         """
+        self._by_pattern(model, "learning_rates", self.learning_rates, 1.0)
         if not self.learning_rate_scales(model):
             raise UserError(
                 f"{type(self).__name__} leaves nothing to learn: check its patterns against the model's names"
@@ -74,7 +75,7 @@ class Tuning(ABC):
         """A number for every parameter that learns, by name."""
         numbers = {name: otherwise for name, parameter in model.named_parameters() if parameter.requires_grad}
         for pattern, number in given.items():
-            found = [name for name in matching(model, pattern) if name in numbers]
+            found = [name for name in matching(model, pattern, what) if name in numbers]
             if not found and numbers:
                 raise UserError(f"{what}: {pattern}: {type(self).__name__} lets nothing of it learn: leave it out")
             numbers.update(dict.fromkeys(found, number))
@@ -153,12 +154,17 @@ def _mark(model: nn.Module, patterns: Sequence[str], *, requires_grad: bool) -> 
     parameters = dict(model.named_parameters())
     fixed = getattr(model, "fixed", ())
     for pattern in patterns:
-        for name in matching(model, pattern):
+        for name in matching(model, pattern, "train" if requires_grad else "freeze"):
             parameters[name].requires_grad_(requires_grad and name not in fixed)
 
 
-def matching(model: nn.Module, pattern: str) -> list[str]:
+def matching(model: nn.Module, pattern: str, what: str) -> list[str]:
     """Names of the parameters that a shell pattern matches, or that lie below the part it names.
+
+    Args:
+        model: The model.
+        pattern: The pattern.
+        what: The argument that it stands in, for the message.
 
     Raises:
         UserError: None does.
@@ -168,6 +174,6 @@ def matching(model: nn.Module, pattern: str) -> list[str]:
     if not found:
         parts = sorted({name.split(".")[0] for name in names})
         raise UserError(
-            f"pattern '{pattern}' matches no parameter of {type(model).__name__}; its parts: {', '.join(parts)}"
+            f"{what}: pattern '{pattern}' matches no parameter of {type(model).__name__}; its parts: {', '.join(parts)}"
         )
     return found

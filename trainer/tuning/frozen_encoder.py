@@ -29,7 +29,7 @@ class FrozenEncoderTuning(Tuning):
         """
         freeze_all(model)
         for pattern in self.trained:
-            inside = [name for name in matching(model, pattern) if name.startswith(model.encoder + ".")]
+            inside = [name for name in matching(model, pattern, "train") if name.startswith(model.encoder + ".")]
             if inside:
                 raise UserError(
                     f"train: '{pattern}' takes {inside[0]}, but FrozenEncoderTuning freezes the image encoder: name "

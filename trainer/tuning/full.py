@@ -21,7 +21,8 @@ class FullTuning(Tuning):
         depth: L, where a paper's differs from the model's number of blocks; null is the model's own. A larger one
             slows all blocks by the same factor against the heads; with a smaller one, such as Medical SAM3's 12 of 32,
             the blocks above it learn at the full rate.
-        freeze: Parameters that do not learn, as name prefixes or shell patterns. MedSAM freezes the prompt encoder.
+        freeze: Parameters that do not learn, as name prefixes or shell patterns. MedSAM freezes the prompt encoder;
+            SAM3 has none, so that it needs ``[]`` or parts of its own here.
         rates: Further factors on the learning rate by name prefix or shell pattern, multiplied with the decay; where
             several fit a parameter, the last counts.
         learning_rates: Learning rates, in the place of the module's ``lr``, by name prefix or shell pattern; layer

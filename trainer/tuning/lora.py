@@ -118,6 +118,8 @@ class LoRATuning(Tuning):
                     f"LoRA targets {self._shown()} match {name}, a {type(module).__name__}, which takes no adapter; "
                     "match linear layers and convolutions without groups"
                 )
+            if f"{name}.weight" in getattr(model, "fixed", ()):
+                raise UserError(f"LoRA targets {self._shown()} match {name}, on which nothing depends: leave it out")
         return list(dict.fromkeys(names))
 
     def _shown(self) -> str:
