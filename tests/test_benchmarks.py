@@ -193,7 +193,16 @@ def test_the_last_line_is_what_the_docstring_says(name: str, size: tuple[str, ..
 
 
 def test_every_benchmark_is_run_above() -> None:
-    assert NAMES == ["index.py", "loader.py", "matcher.py", "packed.py", "readers.py", "samples.py", "shards.py"]
+    assert NAMES == [
+        "index.py",
+        "loader.py",
+        "matcher.py",
+        "packed.py",
+        "readers.py",
+        "sam3_step.py",
+        "samples.py",
+        "shards.py",
+    ]
 
 
 @pytest.fixture
