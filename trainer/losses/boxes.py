@@ -15,8 +15,8 @@ def overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         IoU in [0, 1] and generalised IoU in [-1, 1], (...) each.
     """
-    left, top, right, bottom = _corners(boxes)
-    others_left, others_top, others_right, others_bottom = _corners(others)
+    left, top, right, bottom = corners(boxes)
+    others_left, others_top, others_right, others_bottom = corners(others)
     width = torch.minimum(right, others_right) - torch.maximum(left, others_left)
     height = torch.minimum(bottom, others_bottom) - torch.maximum(top, others_top)
     shared = width.clamp(min=0) * height.clamp(min=0)
@@ -29,7 +29,7 @@ def overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     return iou, iou - _ratio(around - union, around)
 
 
-def _corners(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def corners(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Left, top, right and bottom, (...) each: coordinates apart are faster than a last dimension of 2."""
     x, y, width, height = boxes.unbind(-1)
     return x - 0.5 * width, y - 0.5 * height, x + 0.5 * width, y + 0.5 * height

@@ -7,7 +7,7 @@ Source: Carion et al. 2025, "SAM 3: Segment Anything with Concepts".
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torchvision.ops import roi_align  # type: ignore[import-untyped]
 from transformers import Sam3Model
 
 from data_shards.errors import UserError
+from trainer.losses.boxes import corners
 from trainer.losses.sets import SetPrediction
 from trainer.models.base import SegmentationModel
 from trainer.models.preprocessing import Preprocessing
@@ -246,14 +247,17 @@ class SAM3(SegmentationModel):
         image = coarse[prompts.image_index]
         normed = encoder.vision_layer_norm(image.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         boxes = prompts.boxes if prompts.boxes is not None else torch.zeros(count, 0, 4, device=device)
-        labels = prompts.box_labels
-        if labels is None:
-            labels = torch.ones(boxes.shape[:2], dtype=torch.int64, device=device)
+        kinds: list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor | None]] = []
+        if prompts.points is not None:
+            kinds.append((self._points, prompts.points, prompts.point_labels))
+        kinds.append((self._boxes, boxes, prompts.box_labels))
+        parts, signs = [], []
         with torch.autocast(device.type, enabled=False):  # bf16 would round coordinates to some two pixels
-            embedded, valid = self._boxes(normed.float(), boxes, labels)
-            if prompts.points is not None:
-                points, points_valid = self._points(normed.float(), prompts.points, prompts.point_labels)
-                embedded, valid = torch.cat([points, embedded], 1), torch.cat([points_valid, valid], 1)
+            for encode, places, given in kinds:
+                labels = torch.ones(places.shape[:2], dtype=torch.int64, device=device) if given is None else given
+                parts.append(encode(normed.float(), places) + encoder.label_embed(labels.clamp(min=0)))
+                signs.append(labels >= 0)
+        embedded, valid = torch.cat(parts, dim=1), torch.cat(signs, dim=1)
         token = encoder.cls_embed.weight.expand(count, 1, -1).to(embedded.dtype)
         shown = torch.cat([embedded, token], dim=1)
         valid = F.pad(valid, (0, 1), value=True)
@@ -263,29 +267,26 @@ class SAM3(SegmentationModel):
             shown = layer(shown, flat, positions, valid[:, None, None, :])
         return encoder.output_layer_norm(shown), valid
 
-    def _boxes(self, normed: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _boxes(self, normed: Tensor, boxes: Tensor) -> Tensor:
         """Encode box exemplars (P, N, 4), as transformers does, which waits for the device to learn the map's side."""
         encoder, side = self.geometry_encoder, normed.shape[-1]
-        corners = side * torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], dim=-1)
-        there = roi_align(normed, list(corners.unbind(0)), encoder.roi_size)
+        edges = side * torch.stack(corners(boxes), dim=-1)
+        there = roi_align(normed, list(edges.unbind(0)), encoder.roi_size)
         pooled = encoder.boxes_pool_project(there).flatten(1).unflatten(0, boxes.shape[:2])
         place = encoder._encode_box_coordinates(*boxes.flatten(0, 1).unbind(-1)).unflatten(0, boxes.shape[:2])
-        embedded = encoder.boxes_direct_project(boxes) + pooled + encoder.boxes_pos_enc_project(place)
-        return embedded + encoder.label_embed(labels.clamp(min=0)), labels >= 0
+        embedded: Tensor = encoder.boxes_direct_project(boxes) + pooled + encoder.boxes_pos_enc_project(place)
+        return embedded
 
-    def _points(self, normed: Tensor, points: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _points(self, normed: Tensor, points: Tensor) -> Tensor:
         """Encode point exemplars (P, N, 2), as Meta's code does: where they are, what is there, and their position."""
         if self.point_encoder is None:
             raise UserError("model.init_args.points is false: set it to true to ask with points, and load Meta's .pt")
         encoder = self.geometry_encoder
-        if labels is None:
-            labels = torch.ones(points.shape[:2], dtype=torch.int64, device=points.device)
         there = F.grid_sample(normed, (2 * points - 1)[:, :, None], align_corners=False)[..., 0]
         across, down = encoder.position_encoding.encode_1d_positions(points[..., 0].flatten(), points[..., 1].flatten())
         place = torch.cat([across, down], dim=-1).unflatten(0, points.shape[:2])
         parts = {"direct": points, "pool": there.transpose(1, 2), "position": place}
-        embedded = torch.stack([self.point_encoder[name](part) for name, part in parts.items()]).sum(0)
-        return embedded + encoder.label_embed(labels.clamp(min=0)), labels >= 0
+        return torch.stack([self.point_encoder[name](part) for name, part in parts.items()]).sum(0)
 
 
 def _point_encoder(width: int) -> nn.ModuleDict:

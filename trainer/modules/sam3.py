@@ -261,9 +261,8 @@ class SAM3Module(TunedModule):
         found = []
         for start in range(0, len(wanted), ASKED_AT_ONCE):
             some = wanted[start : start + ASKED_AT_ONCE]
-            index = torch.tensor([image for image, _ in some])
-            asked = [_concept(batch, image, term) for image, term in some]
-            prediction = self.model.detect(features, ConceptPrompts(index, self.wording.say(asked, None)))
+            asked = self._asked([_concept(batch, image, term) for image, term in some], None)
+            prediction = self.model.detect(features, asked)
             assert prediction.masks is not None
             for p, (image, term) in enumerate(some):
                 confidence = prediction.confidence[p]
@@ -274,20 +273,14 @@ class SAM3Module(TunedModule):
                 found.append(Instances(image, term, masks, confidence[queries]))
         return found
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the answers of the last evaluation."""
-        super().on_validation_epoch_start()
-        self.answers = []
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the answers of the last evaluation."""
-        super().on_test_epoch_start()
-        self.answers = []
-
     def gathered_answers(self) -> list[TermAnswer]:
         """Every rank's answers in corpus order, each once; at an evaluation's end, when all ranks ask."""
         rows = {(position, answer.term): answer for part in every_rank(self.answers) for position, answer in part}
         return [rows[place] for place in sorted(rows)]
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.answers = []
 
     def _log(self, stage: str, scores: Any) -> None:
         super()._log(stage, scores)

@@ -116,10 +116,13 @@ class ScoredModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the rows of the last evaluation."""
-        self.scores, self._gathered = [], None
+        self._forget()
 
     def on_test_epoch_start(self) -> None:
         """Forget the rows of the last evaluation."""
+        self._forget()
+
+    def _forget(self) -> None:
         self.scores, self._gathered = [], None
 
     def on_validation_epoch_end(self) -> None:
