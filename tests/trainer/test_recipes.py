@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -58,8 +59,11 @@ def test_recipes_parse(recipe, subcommand):
     # what is written arrives: nothing is dropped on the way
     for key in dotted_keys(written):
         parent, _, name = key.rpartition(".")
-        inside = config.get(parent) if parent else None  # a mapping by parameters' names is a value
-        assert key in config or config.get(key) is not None or (isinstance(inside, dict) and name in inside), key
+        inside = config.get(parent) if parent else None
+        if isinstance(inside, dict):  # a mapping by parameters' names is a value
+            assert inside[name] == functools.reduce(lambda node, part: node[part], key.split("."), written), key
+        else:
+            assert key in config.as_flat().__dict__ or config.get(key) is not None or key in config, key
     assert config.checkpoint.dirpath == f"{config.trainer.default_root_dir}/checkpoints"
 
 
