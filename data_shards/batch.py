@@ -54,6 +54,8 @@ class TripletBatch:
         absent_terms: A clinical terms that were looked for in an image and are not there.
         absent_index: (A,) int64, the image of each absent term.
         frames: Images of one clip; they follow each other. 1 for single images.
+        anchors: For each clip the frame whose targets are followed through it.
+        numbers: B numbers of the draws that the images come from: a clip's, or a sample's position.
         kinds: Q kinds of targets: ``semantic`` (all of the term in its image) or ``instance`` (one of several).
         synonyms: For each target the other names of its term.
         skipped: Samples that belong here and could not be read.
@@ -73,6 +75,8 @@ class TripletBatch:
     absent_terms: list[str] = field(default_factory=list)
     absent_index: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     frames: int = 1
+    anchors: list[int] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     synonyms: list[tuple[str, ...]] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
@@ -167,6 +171,8 @@ class Sample:
         repeat: How often it was drawn before in this epoch.
         objects: For each chosen target the number of the thing that it shows; None numbers them in order.
         absent: Terms chosen from those that were looked for and are not there.
+        anchor: Of a clip's frame, which frame of the clip says what is followed.
+        number: Number of the draw that it comes from; its position if None.
     """
 
     position: int
@@ -175,6 +181,8 @@ class Sample:
     repeat: int = 0
     objects: tuple[int, ...] | None = None
     absent: tuple[str, ...] = ()
+    anchor: int = 0
+    number: int | None = None
 
     @property
     def targets(self) -> list[tuple[int, Target]]:
@@ -214,6 +222,8 @@ def collate(items: Sequence[Item], frames: int = 1) -> TripletBatch:
         absent_terms=[term for _, term in absent],
         absent_index=torch.tensor([image for image, _ in absent], dtype=torch.int64),
         frames=frames,
+        anchors=[clip[0].anchor for clip in clips],
+        numbers=[sample.position if sample.number is None else sample.number for sample in samples],
         kinds=[target.kind for _, _, target in targets],
         synonyms=[target.synonyms for _, _, target in targets],
         skipped=skipped,

@@ -21,7 +21,7 @@ from data_shards.sampler import EvenSampler, GlobalOrderSampler
 from data_shards.seed import run_seed
 from data_shards.splits import EXTERNAL
 from data_shards.stores.urls import as_url
-from data_shards.views import ClipView, Kinds, OnDamage, SampleView, clip_starts, with_target
+from data_shards.views import Anchor, ClipView, Kinds, OnDamage, SampleView, clip_starts, clips_end_to_end, with_target
 
 
 class TripletDataModule(LightningDataModule):
@@ -47,6 +47,9 @@ class TripletDataModule(LightningDataModule):
             each time, so that what is found of them can be counted.
         clip_length: Neighbouring slices in a training sample, for video models; 1 takes single images.
         clip_step: From one slice of a clip to the next; 2 leaves out every other.
+        clip_anchor: Which slice of a clip says what is followed, and is prompted: forwards from the ``first``,
+            backwards from the ``last``, outwards from the ``middle``, or from one of the ``ends``, drawn anew each
+            time. Where clips are trained on they are evaluated too: end to end, so that no slice is in two.
         on_damage: What a damaged sample is: ``error`` ends the run, ``skip`` goes on without it, and reports it.
         max_damaged: Share of an epoch that may be skipped before the run ends all the same.
         cache: Folder in which samples of remote shards (``s3://``, ``gs://``, …) are kept; that of the user if null.
@@ -71,6 +74,7 @@ class TripletDataModule(LightningDataModule):
         evaluated_negatives: int = 0,
         clip_length: int = 1,
         clip_step: int = 1,
+        clip_anchor: Anchor = "first",
         on_damage: OnDamage = "error",
         max_damaged: float = 0.01,
         cache: str | None = None,
@@ -101,6 +105,7 @@ class TripletDataModule(LightningDataModule):
         self.targets_per_image, self.num_workers, self.seed = targets_per_image, num_workers, run_seed(seed)
         self.sampling, self.kinds, self.only_with_targets = sampling, kinds, only_with_targets
         self.negatives_per_image, self.clip_length, self.clip_step = negatives_per_image, clip_length, clip_step
+        self.clip_anchor: Anchor = clip_anchor
         self.hard_negatives, self.evaluated_negatives = hard_negatives, evaluated_negatives
         self.on_damage, self.max_damaged = on_damage, max_damaged
         self.cache, self.cache_gb = cache, cache_gb
@@ -165,7 +170,7 @@ class TripletDataModule(LightningDataModule):
         negatives, hard = self.negatives_per_image, self.hard_negatives
         if self.clip_length > 1:
             clips = (self.clip_length, self.clip_step)
-            view: SampleView = ClipView(shards, *clips, *draw, negatives, self.on_damage, hard)
+            view: SampleView = ClipView(shards, *clips, *draw, negatives, self.on_damage, hard, self.clip_anchor)
         else:
             view = SampleView(shards, *draw, self.kinds, negatives, self.on_damage, hard)
         loader = self._loader("train", view, self._train_sampler(), shards.index.sha256)
@@ -246,8 +251,8 @@ class TripletDataModule(LightningDataModule):
         """Which samples are trained on: (N,) bool; None for all."""
         index = self.shards["train"].index
         if self.clip_length > 1:
-            chosen = clip_starts(index, self.clip_length, self.clip_step)
-            what = f"clip of {self.clip_length} slices whose first has a semantic target"
+            chosen = clip_starts(index, self.clip_length, self.clip_step, self.clip_anchor)
+            what = self._clip
         elif self.only_with_targets:
             chosen, what = with_target(index, self.kinds), f"sample with a target of kind '{self.kinds}'"
         else:
@@ -265,11 +270,23 @@ class TripletDataModule(LightningDataModule):
                     print(f"data.init_args.{split}: {problem} (until then, its samples are skipped)", file=sys.stderr)
         return shards
 
+    @property
+    def _clip(self) -> str:
+        which = {"ends": "first or last"}.get(self.clip_anchor, self.clip_anchor)
+        return f"clip of {self.clip_length} slices whose {which} has a semantic target"
+
     def _evaluation(self, split: str) -> TripletLoader:
-        shards = self.shards[split]
-        draw = (None, self.seed, self.kinds, self.evaluated_negatives)
-        view = SampleView(shards, *draw, self.on_damage, self.hard_negatives)
-        return self._loader(split, view, EvenSampler(len(shards), self.micro_batch_size, *self._rank()))
+        shards, draw = self.shards[split], (None, self.seed)
+        negatives, damage, hard = self.evaluated_negatives, self.on_damage, self.hard_negatives
+        if self.clip_length > 1:
+            clips = (self.clip_length, self.clip_step)
+            starts = clips_end_to_end(shards.index, clip_starts(shards.index, *clips, self.clip_anchor), *clips)
+            if not len(starts):
+                raise UserError(f"data.init_args.{split}: {self.folders[split]} has no {self._clip}")
+            view: SampleView = ClipView(shards, *clips, *draw, negatives, damage, hard, self.clip_anchor, starts)
+        else:
+            view = SampleView(shards, *draw, self.kinds, negatives, damage, hard)
+        return self._loader(split, view, EvenSampler(len(view), self.micro_batch_size, *self._rank()))
 
     def _loader(
         self, split: str, view: SampleView, sampler: GlobalOrderSampler | EvenSampler, data_hash: str = ""

@@ -22,6 +22,8 @@ Purpose = Literal[
     "wording",
     "terms",
     "dropout",
+    "clip_ends",
+    "corrected",
 ]
 _TAGS: dict[Purpose, int] = {
     "negatives": 0x6E656761,
@@ -36,6 +38,8 @@ _TAGS: dict[Purpose, int] = {
     "wording": 0x776F7264,
     "terms": 0x7465726D,
     "dropout": 0x64726F70,
+    "clip_ends": 0x656E6473,
+    "corrected": 0x636F7272,
 }
 """Set streams apart from each other, and from those of orders, targets and boxes, which begin with (seed, epoch)."""
 

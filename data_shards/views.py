@@ -19,6 +19,8 @@ from data_shards.sampler import Draw
 from data_shards.seed import stream
 from data_shards.triplet import KINDS, Triplet
 
+Anchor = Literal["first", "middle", "last", "ends"]
+"""Which slice of a clip says what is followed: ``ends`` draws the first or the last one anew each time."""
 Kinds = Literal["all", "semantic", "instance"]
 OnDamage = Literal["error", "skip"]
 
@@ -68,7 +70,12 @@ class SampleView(Dataset[Item]):
         except DamageError as error:
             if self.on_damage == "error":
                 raise
-            return Skipped(draw.position, self.shards.index.key(draw.position), str(error))
+            position = self._position(draw)
+            return Skipped(position, self.shards.index.key(position), str(error))
+
+    def _position(self, draw: Draw) -> int:
+        """Position of what was drawn, or of its first slice."""
+        return draw.position
 
     def _read(self, draw: Draw) -> Sample | tuple[Sample, ...]:
         triplet = self.shards[draw.position]
@@ -115,18 +122,21 @@ class SampleView(Dataset[Item]):
 class ClipView(SampleView):
     """Clips of neighbouring slices of one volume, as video models take them: (epoch, position) → frames.
 
-    A clip begins at the slice that was drawn. What is followed through it are semantic targets of that first slice:
-    a later slice has those of them that it shows, under the same number. `targets_per_image` counts them.
+    A clip begins at the slice that was drawn. What is followed through it are semantic targets of its anchor, by
+    default that first slice: another slice has those of them that it shows, under the same number.
 
     Args:
         shards: The samples.
         frames: Slices in a clip.
         step: From one slice of a clip to the next: 2 leaves out every other.
-        targets_per_image: How many things are drawn from the first slice; null takes all.
+        targets_per_image: How many things are drawn from the anchor; null takes all.
         seed: Seed of the draw.
         negatives_per_image: Terms drawn from those that were looked for in all slices and are in none.
         on_damage: What a clip with a damaged slice is: an ``error``, or one to ``skip`` and to report.
         hard_negatives: Draw first from those of these terms that other images of the same modality have.
+        anchor: Which slice says what is followed, and is prompted: forwards from the ``first``, backwards from the
+            ``last``, outwards from the ``middle``, or from one of the ``ends``, drawn anew each time.
+        starts: Where clips begin, if draws count clips and not samples: (N,) positions.
     """
 
     def __init__(
@@ -139,15 +149,25 @@ class ClipView(SampleView):
         negatives_per_image: int = 0,
         on_damage: OnDamage = "error",
         hard_negatives: bool = False,
+        anchor: Anchor = "first",
+        starts: np.ndarray | None = None,
     ) -> None:
         super().__init__(shards, targets_per_image, seed, "semantic", negatives_per_image, on_damage, hard_negatives)
-        self.frames, self.step = frames, step
+        self.frames, self.step, self.anchor, self.starts = frames, step, anchor, starts
+
+    def __len__(self) -> int:
+        return len(self.shards) if self.starts is None else len(self.starts)
+
+    def _position(self, draw: Draw) -> int:
+        return draw.position if self.starts is None else int(self.starts[draw.position])
 
     def _read(self, draw: Draw) -> tuple[Sample, ...]:
+        number, draw = draw.position, draw._replace(position=self._position(draw))
         places = clip(self.shards.index, draw.position, self.frames, self.step)
         triplets = [self.shards[place] for place in places]
-        first = [number for number, target in enumerate(triplets[0].targets) if target.kind == "semantic"]
-        terms = [triplets[0].targets[number].term for number in self._draw(first, draw)]
+        anchor = self._anchor(triplets, draw)
+        shown = [place for place, target in enumerate(triplets[anchor].targets) if target.kind == "semantic"]
+        terms = [triplets[anchor].targets[place].term for place in self._draw(shown, draw)]
         absent = self._negatives(triplets, draw)
         samples = []
         for place, triplet in zip(places, triplets, strict=True):
@@ -157,8 +177,17 @@ class ClipView(SampleView):
                 if target.kind == "semantic" and target.term in terms
             ]
             chosen, objects = tuple(number for number, _ in found), tuple(thing for _, thing in found)
-            samples.append(Sample(place, triplet, chosen, draw.repeat, objects, absent))
+            samples.append(Sample(place, triplet, chosen, draw.repeat, objects, absent, anchor, number))
         return tuple(samples)
+
+    def _anchor(self, triplets: Sequence[Triplet], draw: Draw) -> int:
+        """Which frame is the anchor: of the ends one that shows something to follow."""
+        if self.anchor != "ends":
+            return anchor_frames(self.anchor, self.frames)[0]
+        ends = [end for end in (0, self.frames - 1) if any(t.kind == "semantic" for t in triplets[end].targets)]
+        if len(ends) < 2 or self.starts is not None:  # in an evaluation nothing is random
+            return ends[0] if ends else 0
+        return ends[int(stream(self.seed, "clip_ends", *draw).integers(2))]
 
 
 def clip(index: Index, position: int, frames: int, step: int) -> list[int]:
@@ -192,16 +221,52 @@ def with_target(index: Index, kinds: Kinds) -> np.ndarray:
     return np.diff(before[index.target_start]) > 0
 
 
-def clip_starts(index: Index, frames: int, step: int) -> np.ndarray:
-    """Return at which samples a whole clip begins, with a target to follow: (N,) bool.
+def anchor_frames(anchor: Anchor, frames: int) -> tuple[int, ...]:
+    """The frames of a clip that may be its anchor."""
+    return {"first": (0,), "middle": (frames // 2,), "last": (frames - 1,), "ends": (0, frames - 1)}[anchor]
+
+
+def clips_end_to_end(index: Index, starts: np.ndarray, frames: int, step: int) -> np.ndarray:
+    """Choose clips so that no two of them share a slice, from the first slice of a volume on.
+
+    Args:
+        index: Of the shards.
+        starts: (N,) bool, at which samples a clip may begin.
+        frames: Slices in a clip.
+        step: From one slice of a clip to the next.
+
+    Returns:
+        (M,) positions at which the chosen clips begin.
+    """
+    taken, chosen = np.zeros(len(index), bool), []
+    begins = np.ones(len(index), bool)
+    begins[index.following[index.following >= 0]] = False
+    for position in np.flatnonzero(begins).tolist():
+        while position >= 0:  # along the volume, in whatever order its samples lie
+            if starts[position]:
+                places = clip(index, position, frames, step)
+                if not taken[places].any():
+                    taken[places] = True
+                    chosen.append(position)
+            position = int(index.following[position])
+    return np.array(chosen, dtype=np.int64)
+
+
+def clip_starts(index: Index, frames: int, step: int, anchor: Anchor = "first") -> np.ndarray:
+    """Return at which samples a whole clip begins, with a target to follow in its anchor: (N,) bool.
 
     Raises:
         UserError: The index does not tell neighbours.
     """
     if index.is_old:
         raise UserError(f"{index.folder}: its index does not tell neighbours: run `data-shards index {index.folder}`")
-    place, fits = np.arange(len(index)), with_target(index, "semantic")
-    for _ in range((frames - 1) * step):
-        place = index.following[place]
-        fits &= (place >= 0) & (index.volume[place] == index.volume) & (index.patient[place] == index.patient)
-    return fits
+    place, fits = np.arange(len(index)), np.ones(len(index), bool)
+    shows, followed = with_target(index, "semantic"), np.zeros(len(index), bool)
+    anchors = {frame * step for frame in anchor_frames(anchor, frames)}
+    for number in range((frames - 1) * step + 1):
+        if number:
+            place = index.following[place]
+            fits &= (place >= 0) & (index.volume[place] == index.volume) & (index.patient[place] == index.patient)
+        if number in anchors:
+            followed |= shows[place]
+    return fits & followed

@@ -39,7 +39,7 @@ from trainer.run import Run
 
 _FIXED_DATA = (
     *("batch_size", "targets_per_image", "seed", "sampling", "kinds", "only_with_targets", "negatives_per_image"),
-    *("hard_negatives", "clip_length", "clip_step"),
+    *("hard_negatives", "clip_length", "clip_step", "clip_anchor"),
 )
 """Arguments of the data module that decide which samples a step sees; how a step is cut up may change."""
 

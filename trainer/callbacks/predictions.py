@@ -37,8 +37,8 @@ class PredictionRecord(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Prediction, batch: TripletBatch, batch_idx: int
     ) -> None:
         """Write the batch's targets."""
-        for q, (position, target) in enumerate(batch.identities):
-            if position % trainer.world_size != trainer.global_rank:
+        for q, (_, target) in enumerate(batch.identities):
+            if (batch.numbers or batch.positions)[int(batch.image_index[q])] % trainer.world_size != trainer.global_rank:
                 continue  # repeated to make the ranks even
             self._handle.write(json.dumps(self._line(outputs, batch, q, target)) + "\n")
 

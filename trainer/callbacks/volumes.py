@@ -205,8 +205,8 @@ class VolumeRecord(Callback):
         """Keep what the batch's slices show, and write the volumes that are complete."""
         assert isinstance(module, SAM3Module)
         mine: dict[int, Volume] = {}
-        for image, position in enumerate(batch.positions):
-            if position % trainer.world_size != trainer.global_rank:
+        for image, number in enumerate(batch.numbers or batch.positions):
+            if number % trainer.world_size != trainer.global_rank:
                 continue  # repeated to make the ranks even
             volume = self._volume(batch, image)
             if volume is None:

@@ -1,11 +1,13 @@
-"""Losses: on masks, and on sets of objects with their masks (SAM3)."""
+"""Losses: on masks, on the best of several (SAM2), and on sets of objects with their masks (SAM3)."""
 
+from trainer.losses.best_mask import BestMaskLoss
 from trainer.losses.masks import DiceCrossEntropy, resize_logits
 from trainer.losses.matching import HungarianMatcher, Matches, OneToManyMatcher, Pairs
 from trainer.losses.set_prediction import SetPredictionLoss
 from trainer.losses.sets import DenseMasks, FactoredMasks, ObjectSets, QueryMasks, SetPrediction
 
 __all__ = [
+    "BestMaskLoss",
     "DenseMasks",
     "DiceCrossEntropy",
     "FactoredMasks",

@@ -17,6 +17,8 @@ from torch import Tensor
 _MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 _STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 """Of ImageNet's colours, as SAM takes them."""
+_ROUNDING = 2e-6
+"""Deviation, relative to the highest value, that an image of one value may get from resizing in fp32."""
 HELD = 2**26
 """Native pixels of soft targets that are held at once in fp32."""
 
@@ -30,7 +32,9 @@ class Preprocessing:
         resize: ``"pad"`` scales the longer side to S and pads bottom and right with zeros; ``"squash"`` scales both.
         scaling: ``"minmax"`` maps each image's own range to [0, 1] (MedSAM, LiteMedSAM); ``"mean_std"`` takes 8-bit
             images as they are, others with their own range mapped to [0, 255], and standardises with ImageNet's mean
-            and deviation (SAM); ``"centred"`` does the same with a mean and deviation of one half (SAM3).
+            and deviation (SAM); ``"centred"`` does the same with a mean and deviation of one half (SAM3); ``"zscore"``
+            takes each image's own mean and deviation, over all its channels, after resizing and before padding: an
+            image of one value becomes 0.
         interpolation: Filter for images; always antialiased. Bicubic stays within an image's own range, as in the
             resizing of MedSAM's scripts: it would ring at edges, and a black background be grey. Masks are taken
             nearest.
@@ -39,7 +43,7 @@ class Preprocessing:
 
     image_size: int
     resize: Literal["pad", "squash"] = "pad"
-    scaling: Literal["minmax", "mean_std", "centred"] = "minmax"
+    scaling: Literal["minmax", "mean_std", "centred", "zscore"] = "minmax"
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     channels: int = 3
 
@@ -70,16 +74,7 @@ class Preprocessing:
                 native = stack.float().flatten(1)
                 lowest, highest = (bound.view(-1, 1, 1, 1) for bound in native.aminmax(dim=1))
                 resized = resized.clamp(lowest, highest)
-            if self.scaling != "minmax" and stack.dtype == torch.uint8:
-                scaled = resized / 255
-            else:
-                low, high = resized.amin((1, 2, 3), keepdim=True), resized.amax((1, 2, 3), keepdim=True)
-                scaled = (resized - low) / (high - low).clamp(min=1e-8)
-            if self.scaling == "centred":
-                scaled = 2 * scaled - 1
-            elif self.scaling == "mean_std":
-                mean, std = (scaled.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
-                scaled = (scaled - mean) / std
+            scaled = _standardised(resized) if self.scaling == "zscore" else self._ranged(resized, stack.dtype)
             return self._pad(scaled.expand(-1, self.channels, -1, -1))
 
         return _by_size([image.to(device) for image in images], prepare)
@@ -157,6 +152,20 @@ class Preprocessing:
         """The fields as JSON."""
         return asdict(self)
 
+    def _ranged(self, resized: Tensor, native: torch.dtype) -> Tensor:
+        """Scale images (B, C, H, W) by 8 bits or by their own range, and by what the weights were trained with."""
+        if self.scaling != "minmax" and native == torch.uint8:
+            scaled = resized / 255
+        else:
+            low, high = resized.amin((1, 2, 3), keepdim=True), resized.amax((1, 2, 3), keepdim=True)
+            scaled = (resized - low) / (high - low).clamp(min=1e-8)
+        if self.scaling == "centred":
+            return 2 * scaled - 1
+        if self.scaling == "mean_std":
+            mean, std = (scaled.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
+            return (scaled - mean) / std
+        return scaled
+
     def _inside(self, sizes: Tensor) -> Tensor:
         """Valid height and width (Q, 2) inside the input for native sizes (Q, 2)."""
         return torch.tensor([self.input_size(*size) for size in sizes.tolist()], dtype=torch.float32).reshape(-1, 2)
@@ -164,6 +173,14 @@ class Preprocessing:
     def _pad(self, stack: Tensor) -> Tensor:
         height, width = stack.shape[-2:]
         return F.pad(stack, (0, self.image_size - width, 0, self.image_size - height))
+
+
+def _standardised(images: Tensor) -> Tensor:
+    """Bring images (B, C, H, W) to mean 0 and deviation 1 each, and those of one value to 0."""
+    deviation, mean = torch.std_mean(images, (1, 2, 3), correction=0, keepdim=True)
+    # resizing and the mean round: that much deviation is not the image's own and must not be blown up
+    rounding = _ROUNDING * images.abs().amax((1, 2, 3), keepdim=True)
+    return torch.where(deviation > rounding, (images - mean) / deviation.clamp(min=1e-30), 0)
 
 
 def _by_size(tensors: Sequence[Tensor], prepare: Callable[[Tensor], Tensor]) -> Tensor:

@@ -17,22 +17,19 @@ from torch import Tensor
 
 from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
-from data_shards.seed import run_seed, stream
 from trainer.losses import SetPredictionLoss
 from trainer.losses.matching import made_up_matches
 from trainer.losses.set_prediction import share_of_targets
 from trainer.losses.sets import ObjectSets, SetPrediction
 from trainer.models import SAM3
 from trainer.models.sam3 import SAM3Features
-from trainer.modules.concepts import nothing_absent, objects_of, term_answers, unreached, without_overlaps
+from trainer.modules.answering import AnsweringModule
+from trainer.modules.concepts import nothing_absent, objects_of, unreached, without_overlaps
 from trainer.modules.optimization import RateSchedule, Schedule
 from trainer.modules.scoring import Prediction
-from trainer.modules.tuned import TunedModule
-from trainer.presence import TermAnswer, logged_rates
 from trainer.prompts.concepts import Concept, ConceptPrompts, concepts_of, drawn_terms
 from trainer.prompts.exemplars import Exemplars
 from trainer.prompts.wording import Wording
-from trainer.ranks import every_rank
 from trainer.tuning import FullTuning, Tuning
 from trainer.tuning.base import Decay, freeze
 from trainer.volumes import Instances
@@ -41,7 +38,7 @@ ASKED_AT_ONCE = 16
 """Prompts that an evaluation asks at once: each takes some 200 MB at 1008 px, and an image may have a hundred terms."""
 
 
-class SAM3Module(TunedModule):
+class SAM3Module(AnsweringModule):
     """Trains SAM3: every image is encoded once, and each of its terms is asked for, there or not.
 
     A term with instances is learnt as these, one with a semantic mask alone as one instance. Terms that were looked for
@@ -111,8 +108,6 @@ class SAM3Module(TunedModule):
         self.wording, self.exemplars = wording or Wording(), exemplars
         self.loss, self.terms_per_image = loss or SetPredictionLoss(), terms_per_image
         self.threshold, self.answer, self.resolve_overlaps = threshold, answer, resolve_overlaps
-        self.answers: list[tuple[int, TermAnswer]] = []
-        """What the evaluation that is running was told on this rank, each with its sample's position in the corpus."""
         freeze(self.model, unreached(self.model, self.loss, self.exemplars))
         self.tuning.check_learns(self.model)
         self._encoded: tuple[TripletBatch, SAM3Features] | None = None
@@ -170,9 +165,7 @@ class SAM3Module(TunedModule):
         if not concepts:  # every sample was damaged and skipped, or shows nothing that was looked for
             share_of_targets(0, self.device)  # the other ranks count together with this one
             return self.nothing_learnt()
-        # what drops out, too, is a function of the samples: a resumed run goes on alike, and ranks differ
-        drawn = self.current_epoch, batch.positions[0], *batch.repeats[:1]
-        torch.manual_seed(int(stream(run_seed(None), "dropout", *drawn).integers(2**63)))
+        self.seed_dropout(batch)
         truth = objects_of(batch, concepts, self.model.preprocessing, self._side(), self.device)
         losses = self.loss(self(batch, concepts, truth, self.current_epoch), truth)
         shown = {f"train/{name}": value.detach() for name, value in losses.items()}
@@ -232,12 +225,6 @@ class SAM3Module(TunedModule):
             absent_areas=torch.stack(areas).cpu() if areas else torch.zeros(0, dtype=torch.int64),
         )
 
-    def evaluation_step(self, batch: TripletBatch) -> Prediction:
-        """Score every term that is there, and note what was said to all that were asked for."""
-        prediction = super().evaluation_step(batch)
-        self.answers += term_answers(batch, prediction, self.threshold)
-        return prediction
-
     def predict_step(self, batch: TripletBatch, batch_idx: int) -> Prediction:
         """Predict a batch: no mask where the confidence is below the threshold."""
         prediction = self.predict_masks(batch)
@@ -273,18 +260,8 @@ class SAM3Module(TunedModule):
                 found.append(Instances(image, term, masks, confidence[queries]))
         return found
 
-    def gathered_answers(self) -> list[TermAnswer]:
-        """Every rank's answers in corpus order, each once; at an evaluation's end, when all ranks ask."""
-        rows = {(position, answer.term): answer for part in every_rank(self.answers) for position, answer in part}
-        return [rows[place] for place in sorted(rows)]
-
-    def _forget(self) -> None:
-        super()._forget()
-        self.answers = []
-
     def _log(self, stage: str, scores: Any) -> None:
         super()._log(stage, scores)
-        self.log_dict(logged_rates(stage, self.gathered_answers(), self.threshold), sync_dist=True)
         self._encoded = None  # a training needs the memory
 
     def _answers(self, features: SAM3Features, asked: ConceptPrompts) -> tuple[Tensor, Tensor]:

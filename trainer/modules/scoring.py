@@ -80,10 +80,16 @@ class ScoredModule(LightningModule):
         """
         raise NotImplementedError(f"{type(self).__name__} has no rehearsal")
 
+    def counts(self, batch: TripletBatch, row: int) -> bool:
+        """Whether a target of a batch is scored."""
+        return True
+
     def evaluation_step(self, batch: TripletBatch) -> Prediction:
         """Predict, score every target at native resolution, and keep the rows."""
         prediction = self.predict_masks(batch)
         for q, (position, target) in enumerate(batch.identities):
+            if not self.counts(batch, q):
+                continue
             image, mask, truth = int(batch.image_index[q]), prediction.masks[q], batch.masks[q]
             origin = batch.provenances[image]
             dsc, iou = overlap(mask[None], truth[None].to(self.device))

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
+from data_shards.seed import run_seed, stream
 from trainer.models import SegmentationModel
 from trainer.modules.optimization import RateSchedule, adamw, guard_gradients
 from trainer.modules.scoring import ScoredModule
@@ -87,6 +89,11 @@ class TunedModule(ScoredModule):
             given = getattr(self.trainer.datamodule, name, alone)
             if given != alone:
                 raise UserError(f"data.init_args.{name} {given}: {why}: leave it out")
+
+    def seed_dropout(self, batch: TripletBatch) -> None:
+        """Make what drops out a function of the samples: a resumed run goes on alike, and ranks differ."""
+        drawn = self.current_epoch, batch.positions[0], *batch.repeats[:1]
+        torch.manual_seed(int(stream(run_seed(None), "dropout", *drawn).integers(2**63)))
 
     def nothing_learnt(self) -> Tensor:
         """Loss of a batch with nothing in it: zero, with zero gradients, so that other ranks do not wait."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DECODED = ("image_index", "boxes", "points", "labels", "masks")
+_DECODED = ("image_index", "boxes", "points", "labels", "masks", "given")
 """What a decoder takes of prompts."""
 
 
@@ -31,6 +31,7 @@ class Prompts:
         labels: (Q, P) int64, 1 for a point on the target, 0 for one beside it, −1 for none, where no pixel was left to
             point at: SAM's own padding.
         masks: (Q, h, w) float32, logits of a mask to start from.
+        given: (Q, S, S) float32 of 0 and 1, a mask that is taken for the answer itself: SAM2's mask prompts.
         rows: (Q,) int64, which of the batch's targets these ask about, on the CPU; all of them, in order, if None.
     """
 
@@ -39,6 +40,7 @@ class Prompts:
     points: Tensor | None = None
     labels: Tensor | None = None
     masks: Tensor | None = None
+    given: Tensor | None = None
     rows: Tensor | None = None
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data_shards.errors import UserError
 from data_shards.seed import run_seed, stream
@@ -46,8 +47,13 @@ class SAMBoxPrompts(Prompter):
                 drawn[row] = stream(self.seed, "box_noise", epoch, *draw).standard_normal(4)
             sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
             moves = (torch.from_numpy(drawn).to(boxes) * self.noise * sides).clamp(-self.max_noise, self.max_noise)
-            # scaled down, the last pixel's index lies a fraction beyond the image: such a side may stay where it is
-            limit = torch.maximum((truth.sizes.flip(1) - 1).to(boxes), boxes[:, 2:])
-            corners = torch.minimum((boxes + moves).clamp(min=0), limit.repeat(1, 2)).unflatten(1, (2, 2))
-            boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)  # much noise can swap the sides of a box
+            boxes = moved(boxes, moves, truth.sizes)
         return [Prompts(truth.image_index, boxes=boxes, rows=torch.arange(len(truth)))]
+
+
+def moved(boxes: Tensor, moves: Tensor, sizes: Tensor) -> Tensor:
+    """Move the coordinates of boxes (Q, 4) by (Q, 4) pixels, inside the valid areas (Q, 2), as height and width."""
+    # scaled down, the last pixel's index lies a fraction beyond the image: such a side may stay where it is
+    limit = torch.maximum((sizes.flip(1) - 1).to(boxes), boxes[:, 2:])
+    corners = torch.minimum((boxes + moves).clamp(min=0), limit.repeat(1, 2)).unflatten(1, (2, 2))
+    return torch.cat([corners.amin(1), corners.amax(1)], dim=1)  # much noise can swap the sides of a box

@@ -1,0 +1,385 @@
+"""Fine-tuning of SAM2: on single images, and through its memory on clips of slices or frames.
+
+Shapes: B clips (or images), T frames of each, Q objects, M masks an object, S the model's input side, h w the
+decoder's mask side.
+Sources: Ravi et al. 2024 (SAM 2, arXiv:2408.00714); Ma et al. 2024 (arXiv:2408.03322), on medical images and videos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from data_shards.batch import TripletBatch
+from data_shards.errors import UserError
+from data_shards.seed import run_seed, stream
+from trainer.losses import BestMaskLoss, DiceCrossEntropy, resize_logits
+from trainer.metrics import overlap
+from trainer.models import SegmentationModel
+from trainer.modules.answering import AnsweringModule
+from trainer.modules.clips import Followed, followed, with_absences
+from trainer.modules.medsam import per_image_mean
+from trainer.modules.optimization import RateSchedule, Schedule
+from trainer.modules.scoring import Prediction
+from trainer.prompts import BoxPrompts, Prompter, Prompts, prompts_of_targets
+from trainer.tuning import FullTuning, Tuning
+from trainer.tuning.base import Decay, freeze
+
+if TYPE_CHECKING:
+    from trainer.models.sam2 import Look, SAM2Features
+    from trainer.models.sam2_tracking import Tracking
+
+MEMORY_PARTS = (
+    *("memory_attention", "memory_encoder", "obj_ptr_proj", "obj_ptr_tpos_proj", "mask_downsample"),
+    *("maskmem_tpos_enc", "no_obj_ptr", "no_obj_embed_spatial"),
+)
+"""What only a memory reaches."""
+
+
+class SAM2Module(AnsweringModule):
+    """Trains SAM2: on clips through its memory, or on single images.
+
+    In a clip the anchor (``data.init_args.clip_anchor``) is prompted, and the other frames are found through the
+    memory, with gradients through all of it: forwards from a first frame, backwards from a last one, outwards from one
+    in the middle. What a frame costs is summed over its answers and over frames, as in SAM2's training code, and
+    averaged over a clip's objects, then over clips. An evaluation prompts each clip's anchor and scores the others.
+
+    Args:
+        model: The foundation model, `trainer.models.SAM2`.
+        memory: Learn from clips, through the memory; else from single images, and what belongs to the memory is frozen.
+        tuning: What learns, and how fast; everything by default.
+        prompts: What is asked of the anchor, simulated from the truth; boxes by default. Corrections, as `ClickPrompts`
+            makes them, go to the anchor and to other frames that are drawn.
+        loss: `BestMaskLoss`, SAM2's own, by default; or `DiceCrossEntropy`, MedSAM's, on the best mask.
+        loss_at: Where masks are compared: at the side of the model's ``input``, or at the ``decoder``'s.
+        corrected_frames: Frames of a clip that are corrected in training, at most: so many are drawn, the anchor always
+            among them; 2 in SAM2's training. Corrected frames are remembered as prompted ones.
+        lr: Learning rate of what has no rate of its own.
+        weight_decay: AdamW's decay.
+        decay: What decays: ``matrices`` and kernels, or ``all``, norms and biases too.
+        betas: AdamW's averaging factors.
+        schedule: What follows the warm-up: ``constant``, ``cosine``, ``linear``, ``polynomial`` or ``inverse_sqrt``.
+        warmup_steps: Optimiser steps of linear warm-up.
+        cooldown_steps: The last optimiser steps, in which the rate falls linearly to `final_factor`.
+        power: Exponent of ``polynomial``.
+        timescale: Steps after the warm-up in which ``inverse_sqrt`` falls to 1/√2; null takes `warmup_steps`.
+        final_factor: Share of the rate that a falling schedule leaves at the end, in [0, 1].
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        memory: bool = True,
+        tuning: Tuning | None = None,
+        prompts: Prompter | None = None,
+        loss: BestMaskLoss | DiceCrossEntropy | None = None,
+        loss_at: Literal["input", "decoder"] = "input",
+        corrected_frames: int = 1,
+        lr: float = 1e-4,
+        weight_decay: float = 0.01,
+        decay: Decay = "matrices",
+        betas: tuple[float, float] = (0.9, 0.999),
+        schedule: Schedule = "constant",
+        warmup_steps: int = 0,
+        cooldown_steps: int = 0,
+        power: float = 0.9,
+        timescale: int | None = None,
+        final_factor: float = 0.0,
+    ) -> None:
+        if not hasattr(model, "recall"):
+            raise UserError(
+                f"SAM2Module trains trainer.models.SAM2, not {type(model).__name__}: MedSAMModule trains it"
+            )
+        rates = RateSchedule(schedule, warmup_steps, cooldown_steps, power, timescale, final_factor)
+        super().__init__(model, tuning or FullTuning(freeze=()), lr, weight_decay, decay, betas, rates)
+        if corrected_frames < 1:
+            raise UserError(f"corrected_frames {corrected_frames}: 1 or more; prompts without corrections correct none")
+        self.memory, self.prompts, self.loss = memory, prompts or BoxPrompts(), loss or BestMaskLoss()
+        self.loss_at, self.corrected_frames = loss_at, corrected_frames
+        freeze(self.model, self._unreached())
+        self.tuning.check_learns(self.model)
+
+    def _unreached(self) -> list[str]:
+        """Parts of the model that no gradient reaches: weight decay would wear them away."""
+        decoder = "sam_mask_decoder"
+        heads = {
+            "iou_prediction_head": isinstance(self.loss, BestMaskLoss) and self.loss.iou_weight > 0,
+            "pred_obj_score_head": isinstance(self.loss, BestMaskLoss) and self.loss.presence_weight > 0,
+        }
+        parts = [f"{decoder}.{name}" for name, reached in heads.items() if not reached]
+        return parts if self.memory else [*parts, *MEMORY_PARTS]
+
+    def setup(self, stage: str) -> None:
+        """Refuse data that the module cannot learn from.
+
+        Raises:
+            UserError: Single images for a memory, or clips for none; samples without a target; a precision that is not
+                supported, a schedule without an end, or a prompt encoder that DDP would wait for.
+        """
+        super().setup(stage)
+        self._check_ddp(stage)
+        datamodule = self.trainer.datamodule
+        length = getattr(datamodule, "clip_length", 1)
+        if self.memory and length < 2:
+            raise UserError(
+                f"data.init_args.clip_length {length}: a memory learns from clips of 2 or more slices: set it to 4 or "
+                "8, or model.init_args.memory to false"
+            )
+        if not self.memory:
+            self.refuse({"clip_length": 1}, "model.init_args.memory is false, so single images are learnt")
+        unused = {"negatives_per_image": 0, "hard_negatives": False, "evaluated_negatives": 0}
+        self.refuse(unused, "SAM2 is asked with boxes, points and masks")
+        empty = datamodule.without_targets("train") if stage == "fit" and not self.memory else 0
+        if empty:
+            raise UserError(
+                f"{datamodule.folders['train']}: {empty} samples have no target, so nothing to prompt with: set "
+                "data.init_args.only_with_targets to true, or build the shards with `slices: {keep: nonempty}`"
+            )
+
+    def _check_ddp(self, stage: str) -> None:
+        strategy = self.trainer.strategy
+        if stage != "fit" or not isinstance(strategy, DDPStrategy):
+            return
+        asking = (".sam_prompt_encoder.", ".mask_downsample.")
+        learns = [n for n, p in self.named_parameters() if p.requires_grad and any(part in n for part in asking)]
+        if learns and not strategy._ddp_kwargs.get("find_unused_parameters"):
+            raise UserError(
+                f"trainer.strategy: {learns[0]} learns, and a batch reaches only those parts of the prompt encoder "
+                "that its prompts need: set it to ddp_find_unused_parameters_true, or freeze sam_prompt_encoder and "
+                "mask_downsample"
+            )
+
+    def describe_prompts(self) -> dict[str, Any]:
+        """What an evaluation asks, as JSON."""
+        if not self.memory:
+            return self.prompts.describe()
+        datamodule = self.trainer.datamodule if self._trainer is not None else None
+        clip = {name: getattr(datamodule, f"clip_{name}", None) for name in ("length", "step", "anchor")}
+        return {**self.prompts.describe(), "clip": clip, "memory": type(self.model.memory).__name__}
+
+    def on_after_batch_transfer(self, batch: TripletBatch, dataloader_idx: int) -> TripletBatch:
+        """Each term of a clip's frame is one target; in an evaluation, frames that lack it are asked for it too."""
+        if not self.memory:
+            return batch
+        batch = batch.by_term()
+        return batch if self.trainer.training else with_absences(batch)
+
+    def forward(self, batch: TripletBatch, epoch: int | None = None) -> list[tuple[Followed, dict[int, Look]]]:
+        """Follow the objects of a batch.
+
+        Args:
+            batch: B clips, or single images.
+            epoch: The epoch in training, None in evaluation: prompts are drawn accordingly.
+
+        Returns:
+            For clips that are followed alike their objects, and the last answer to each frame.
+        """
+        return [(group, looks) for group, looks, _ in self._follow(batch, epoch)]
+
+    def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
+        """What the answers to all frames cost, averaged over each clip's objects, then over clips."""
+        if not batch.masks:  # every sample was damaged and skipped: nothing is learnt, and other ranks do not wait
+            return self.nothing_learnt()
+        self.seed_dropout(batch)
+        groups = list(self._follow(batch, self.current_epoch))
+        clips = torch.cat([group.clip for group, _, _ in groups])
+        parts = {name: torch.cat([costs[name] for _, _, costs in groups]) for name in groups[0][2]}
+        losses = {name: per_image_mean(value, clips) for name, value in parts.items()}
+        shown = {f"train/{name}": value.detach() for name, value in losses.items()}
+        with torch.no_grad():
+            shown["train/dsc"] = self._dsc(groups)
+        self.log_dict(shown, batch_size=len(clips), on_step=True, on_epoch=False)
+        if not losses["loss"].requires_grad:  # nothing but given masks
+            return losses["loss"] + self.nothing_learnt()
+        return losses["loss"]
+
+    def rehearse(self, images: int, prompts: int, frames: int = 1) -> Tensor:
+        """Loss of a pass over made-up clips with so many objects each, asked with boxes."""
+        side, device, count = self.model.preprocessing.image_size, self.device, images * prompts
+        features = self.model.encode(torch.zeros(images * frames, 3, side, side, device=device))
+        clip = torch.arange(images).repeat_interleave(prompts)
+        image = clip * frames + torch.arange(frames)[:, None]
+        masks = torch.zeros(frames, count, side, side, device=device)
+        draws: list[list[tuple[int, ...]]] = [[(0, q) for q in range(count)]] * frames
+        everything = Followed(
+            clip, [0] * images, image, image, masks, torch.zeros(frames, count, 4),
+            torch.full((count, 2), float(side)), draws, self.model.mask_side,
+        )  # fmt: skip
+        asked = [Prompts(torch.arange(count), boxes=torch.zeros(count, 4))]
+        _, costs = self._follow_group(features, everything, 0, (), None, asked)
+        return costs["loss"].mean()
+
+    def counts(self, batch: TripletBatch, row: int) -> bool:
+        """Whether a target is scored: what was prompted in a clip is not."""
+        if not self.memory:
+            return True
+        clip, frame = divmod(int(batch.image_index[row]), batch.frames)
+        return frame != batch.anchors[clip]
+
+    @torch.no_grad()
+    def predict_masks(self, batch: TripletBatch) -> Prediction:
+        """Predict every target of a batch at native resolution, from the last answer to its frame."""
+        if not batch.masks:
+            return Prediction.none()
+        count = len(batch.masks)
+        masks: list[Tensor] = [torch.zeros(0)] * count
+        scores = torch.zeros(count)
+        absent: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        asked: list[Prompts] = []
+        for group, looks, _ in self._follow(batch, None, asked):
+            for frame, look in looks.items():
+                sure = look.presence.float().sigmoid() if self.memory else look.ious.amax(1).float()
+                shown = group.rows[frame].tolist(), group.image[frame].tolist()
+                for q, (row, image) in enumerate(zip(*shown, strict=True)):
+                    size = batch.images[image].shape[-2:]
+                    native = self.model.preprocessing.to_native(look.best[q : q + 1], *size)[0] > 0
+                    if row >= 0:
+                        masks[row], scores[row] = native, sure[q]
+                    else:
+                        thing = batch.objects[int(group.rows[:, q].max())]
+                        absent[image // batch.frames * NUMBERS + thing, image] = (sure[q], native.sum())
+        boxes, points, labels = prompts_of_targets(asked, count)
+        gone = [absent[place] for place in sorted(absent)]
+        return Prediction(
+            masks=masks,
+            scores=scores,
+            boxes=self.model.preprocessing.boxes_to_native(boxes, batch.sizes),
+            points=self.model.preprocessing.points_to_native(points, batch.sizes),
+            labels=labels,
+            absent=torch.stack([sure for sure, _ in gone]).float().cpu() if gone else torch.zeros(0),
+            absent_areas=torch.stack([area for _, area in gone]).cpu() if gone else torch.zeros(0, dtype=torch.int64),
+        )
+
+    def _follow(
+        self, batch: TripletBatch, epoch: int | None, asked: list[Prompts] | None = None
+    ) -> Iterable[tuple[Followed, dict[int, Look], dict[str, Tensor]]]:
+        """Encode all frames once, and follow the objects of clips that are gone through alike together.
+
+        Args:
+            batch: B clips, or single images.
+            epoch: The epoch in training, None in evaluation.
+            asked: Takes the first prompts, whose `rows` are the batch's targets.
+
+        Yields:
+            Objects, the last answer to each frame, and what each object costs by the name of the loss: (Q,) each.
+        """
+        preprocessing = self.model.preprocessing
+        features = self.model.encode(preprocessing.images(batch.images, self.device))
+        everything = followed(batch, preprocessing, self.model.mask_side, self.device)
+        groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        for clip, anchor in enumerate(everything.anchors):
+            corrected = self._corrected(batch, clip, anchor, epoch)
+            groups.setdefault((anchor, corrected), []).append(clip)
+        for (anchor, corrected), clips in groups.items():
+            mine = torch.isin(everything.clip, torch.tensor(clips)).nonzero()[:, 0]
+            if not len(mine):
+                continue
+            group = everything.subset(mine) if len(mine) < len(everything) else everything
+            first = self.prompts.first(group.truth(anchor), epoch)
+            if asked is not None:
+                asked += [replace(some, rows=_rows(some, group.rows[anchor])) for some in first]
+            yield group, *self._follow_group(features, group, anchor, corrected, epoch, first)
+
+    def _corrected(self, batch: TripletBatch, clip: int, anchor: int, epoch: int | None) -> tuple[int, ...]:
+        """Which frames of a clip are corrected; a pure function of (seed, epoch, sample)."""
+        most = min(self.corrected_frames, batch.frames)
+        if epoch is None or most == 1 or not self.prompts.rounds(epoch):
+            return (anchor,)
+        first = clip * batch.frames
+        generator = stream(
+            run_seed(None), "corrected", epoch, batch.positions[first], *batch.repeats[first : first + 1]
+        )
+        others = [frame for frame in range(batch.frames) if frame != anchor]
+        count = int(generator.integers(1, most, endpoint=True)) - 1
+        return (anchor, *sorted(generator.choice(others, size=count, replace=False).tolist()))
+
+    def _follow_group(
+        self,
+        features: SAM2Features,
+        group: Followed,
+        anchor: int,
+        corrected: tuple[int, ...],
+        epoch: int | None,
+        first: list[Prompts],
+    ) -> tuple[dict[int, Look], dict[str, Tensor]]:
+        """Follow objects from the anchor to the end, then from it back to the beginning."""
+        from trainer.models.sam2_tracking import Tracking
+
+        frames = len(group.image)
+        tracking, looks, costs = Tracking(self.model, frames), {}, []
+        order = [*range(anchor, frames), *range(anchor - 1, -1, -1)]
+        for place, frame in enumerate(order):
+            mine, reverse = features.take(group.image[frame]), frame < anchor
+            if frame == anchor:
+                conditioned, asked = self.model.without_memory(mine), first
+                look = self._say(tracking, mine, conditioned, asked)
+            else:
+                conditioned, asked = tracking.conditioned(frame, mine, reverse), [Prompts(torch.arange(len(group)))]
+                look = self.model.look(mine, conditioned, None)
+            costs.append(self._costs(look, group.masks[frame]))
+            for correction in range(self.prompts.rounds(epoch) if frame in corrected else 0):
+                given = look.best.detach()
+                asked = self.prompts.correct(asked, given, group.truth(frame), epoch, correction)
+                look = self._say(tracking, mine, conditioned, asked)
+                costs.append(self._costs(look, group.masks[frame]))
+            looks[frame] = look
+            if place + 1 < len(order):  # nothing looks back at the last one
+                tracking.keep(frame, mine, look, frame == anchor or frame in corrected, reverse)
+        return looks, {name: torch.stack([part[name] for part in costs]).sum(0) for name in costs[0]}
+
+    def _say(self, tracking: Tracking, mine: SAM2Features, conditioned: Tensor, asked: list[Prompts]) -> Look:
+        """Answer prompts: as the predictor of images where nothing but masks is learnt of single ones."""
+        plain = not self.memory and not (self.training and isinstance(self.loss, BestMaskLoss))
+        return tracking.answer(mine, conditioned, asked, plain)
+
+    def _costs(self, look: Look, truth: Tensor) -> dict[str, Tensor]:
+        """What an answer costs for each object: (Q,) each; masks that are not there teach nothing but that."""
+        if not self.training:
+            return {"loss": look.presence.detach()}
+        if self.loss_at == "decoder":
+            truth = _smaller(truth, look.best.shape[-1])
+        if isinstance(self.loss, BestMaskLoss):
+            return dict(self.loss(look.logits, look.ious, look.presence, truth))
+        there = truth.flatten(1).amax(1)
+        found = self.loss(resize_logits(look.best, (truth.shape[-2], truth.shape[-1])), truth)
+        return {name: value * there for name, value in found.items()}
+
+    def _dsc(self, groups: list[tuple[Followed, dict[int, Look], dict[str, Tensor]]]) -> Tensor:
+        """Mean DSC of the last answers to the frames that were found (to the prompted one, of single images)."""
+        values, weights = [], []
+        for group, looks, _ in groups:
+            anchor = group.anchors[int(group.clip[0])]
+            for frame, look in looks.items():
+                if frame == anchor and len(looks) > 1:
+                    continue
+                truth = _smaller(group.masks[frame], look.best.shape[-1])
+                dsc, _ = overlap(look.best.detach() > 0, truth)
+                there = truth.flatten(1).amax(1)
+                values.append(dsc * there)
+                weights.append(there)
+        return torch.cat(values).sum() / torch.cat(weights).sum().clamp(min=1)
+
+
+NUMBERS = 2**32
+"""More than the objects of a clip."""
+
+
+def _rows(prompts: Prompts, rows: Tensor) -> Tensor:
+    """The batch's targets that prompts ask about, from the rows of their group."""
+    return rows if prompts.rows is None else rows[prompts.rows]
+
+
+def _smaller(masks: Tensor, side: int) -> Tensor:
+    """Masks (Q, S, S) of 0 and 1 on a coarser grid: the nearest pixel, and what would be gone keeps one."""
+    if masks.shape[-1] == side:
+        return masks
+    near = torch.nn.functional.interpolate(masks[:, None], (side, side), mode="nearest-exact")[:, 0]
+    any_of = torch.nn.functional.adaptive_max_pool2d(masks[:, None], side)[:, 0]
+    return torch.where(near.flatten(1).amax(1)[:, None, None] > 0, near, any_of)
