@@ -13,8 +13,8 @@ REPOSITORY = Path(__file__).parents[1]
 TRAINER_LAYERS = (
     ("trainer.cli",),
     ("trainer.plan",),
-    ("trainer.lightning_cli", "trainer.export.cli", "trainer.report.cli"),
-    ("trainer.export",),
+    ("trainer.lightning_cli", "trainer.export.cli", "trainer.report.cli", "trainer.segment.cli", "trainer.evaluation.cli"),
+    ("trainer.export", "trainer.segment", "trainer.evaluation"),
     ("trainer.callbacks",),
     ("trainer.restore",),
     ("trainer.modules",),

@@ -7,6 +7,7 @@ import sys
 from data_shards import __version__
 from data_shards.errors import UserError, nearest, run_command
 from trainer.quiet import quieten
+from trainer.segment.cli import on_volume, volume_command
 
 HELP = """\
 usage: trainer COMMAND ...
@@ -18,6 +19,9 @@ Fine-tune segmentation foundation models for medicine.
   validate  score the validation split     trainer validate -c RECIPE --ckpt_path last
   test      score the test split           trainer test -c RECIPE [--ckpt_path last]
   predict   write masks                    trainer predict -c RECIPE --ckpt_path last
+            of a whole volume              trainer predict --volume IMAGE --run RUN --box x0,y0,x1,y1 --out FILE
+  evaluate  compare models on cases        trainer evaluate PROTOCOL.yaml
+            score one on a volume          trainer evaluate --volume IMAGE --truth LABELS --run RUN --out FOLDER
   export    write weights for other tools  trainer export RUN --to litemedsam --out FILE
   report    write the run's report.html    trainer report RUN
 
@@ -26,11 +30,12 @@ A recipe is one YAML file; later -c files overlay earlier ones, and any key can 
 A run that was stopped goes on where it was:
   trainer fit -c recipes/quickstart.yaml --ckpt_path last
 
-`trainer COMMAND --help` says more. Mistakes in the input end with one line and exit code 2.
+`trainer COMMAND --help` says more; of volumes `trainer predict --volume --help` and `trainer evaluate --volume --help`.
+Mistakes in the input end with one line and exit code 2.
 """
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = ("plan", *LIGHTNING_COMMANDS, "export", "report")
+COMMANDS = ("plan", *LIGHTNING_COMMANDS, "evaluate", "export", "report")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +54,12 @@ def _main(arguments: list[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     quieten()  # before libraries are imported: some speak then
     # imports are here so that help and mistakes answer at once
+    if command in ("predict", "evaluate") and on_volume(rest):
+        return volume_command(command, rest)
+    if command == "evaluate":
+        from trainer.evaluation.cli import evaluate_command
+
+        return evaluate_command(rest)
     if command in LIGHTNING_COMMANDS:
         from trainer.lightning_cli import run_lightning
 

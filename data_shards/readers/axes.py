@@ -2,12 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_shards.errors import UserError
 from data_shards.readers.base import Volume
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The nearest right-angled rotation of a file's axes to LPS.
+
+    Attributes:
+        orientation: (3, 2), row i for file axis i: which of x, y, z it becomes, and -1 if it is turned round.
+    """
+
+    orientation: np.ndarray
+
+    @classmethod
+    def of(cls, path: Path, affine: np.ndarray) -> Turn:
+        """Find it; see `turn_to_lps`."""
+        from nibabel import orientations
+
+        # A singular affine leaves an axis without a direction.
+        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+            raise UserError(f"{path}: its affine is not invertible, so its orientation is unknown: repair the header")
+        return cls(orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt("LPS")))
+
+    def view(self, array: np.ndarray) -> np.ndarray:
+        """View an array (X, Y, Z, …), as the file orders its axes, as (Z, Y, X, …) in LPS order."""
+        from nibabel import orientations
+
+        turned = orientations.apply_orientation(array, self.orientation)
+        return turned.transpose(2, 1, 0, *range(3, array.ndim))
+
+    def affine(self, affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the affine of the turned array: from its index (x, y, z) to mm; `shape` is the file's (X, Y, Z)."""
+        from nibabel import orientations
+
+        return affine @ orientations.inv_ornt_aff(self.orientation, shape)
+
+    def spacing(self, affine: np.ndarray) -> tuple[float, float, float]:
+        """Return the distances (z, y, x) of neighbours of the turned array, in mm."""
+        zooms = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+        x, y, z = (float(value) for value in zooms[np.argsort(self.orientation[:, 0])])
+        return z, y, x
 
 
 def turn_to_lps(path: Path, array: np.ndarray, affine: np.ndarray) -> Volume:
@@ -25,19 +66,8 @@ def turn_to_lps(path: Path, array: np.ndarray, affine: np.ndarray) -> Volume:
     Raises:
         UserError: The affine does not say which way is up.
     """
-    from nibabel import orientations
-
-    # A singular affine leaves an axis without a direction.
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise UserError(f"{path}: its affine is not invertible, so its orientation is unknown: repair the header")
-    turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt("LPS"))
-    zooms = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    # Row i of `turn` names the axis that file axis i becomes.
-    x, y, z = (float(value) for value in zooms[np.argsort(turn[:, 0])])
-    turned = affine @ orientations.inv_ornt_aff(turn, array.shape[:3])
-    array = orientations.apply_orientation(array, turn)
-    array = array.transpose(2, 1, 0, *range(3, array.ndim))
-    return Volume(np.ascontiguousarray(array), (z, y, x), turned)
+    turn = Turn.of(path, affine)
+    return Volume(np.ascontiguousarray(turn.view(array)), turn.spacing(affine), turn.affine(affine, array.shape[:3]))
 
 
 def pick_channels(path: Path, array: np.ndarray, channels: list[int] | None) -> np.ndarray:

@@ -277,7 +277,7 @@ def read(path: str | Path, role: Role, **options: Any) -> Volume:
     _check_exists(path)
     reader = reader_for(path)
     _check_names(path, reader, options)
-    volume = _guarded(path, lambda: reader(path, role, **options))
+    volume = guarded(path, lambda: reader(path, role, **options))
     array = volume.array
     if not (array.ndim == 3 or (array.ndim == 4 and array.shape[-1] == 3)) or array.size == 0:
         raise UserError(f"{path}: the {role} has shape {array.shape}; a volume of slices (Z, Y, X) is needed")
@@ -305,7 +305,7 @@ def read_drawing(path: str | Path, ground: Ground, **options: Any) -> Drawing:
     reader = reader_for(path, "mask")
     if reader in _KNOWN.drawings.values():
         _check_names(path, reader, options)
-        return _guarded(path, lambda: reader(path, ground, **options))
+        return guarded(path, lambda: reader(path, ground, **options))
     volume = read(path, "mask", **options)
     return Drawing((Layer(volume.array, name=path.name.partition(".")[0]),), volume=volume)
 
@@ -321,7 +321,7 @@ def _check_exists(path: Path) -> None:
         raise UserError(f"{path}: no such file: correct the path or --root")
 
 
-def _guarded(path: Path, read: Callable[[], Any]) -> Any:
+def guarded(path: Path, read: Callable[[], Any]) -> Any:
     """Call a reader; whatever a library raises on damaged bytes becomes one line that names the file."""
     try:
         return read()

@@ -17,7 +17,7 @@ from data_shards.errors import UserError
 from data_shards.readers.axes import turn_to_lps
 from data_shards.readers.base import FOLDER, Drawing, Ground, Layer, Role, Volume, read, register, register_drawing
 from data_shards.readers.dicom_files import Header, headers_of, number_in, numbers, open_dicom, reading, series_in
-from data_shards.readers.dicom_pixels import PixelDecoder, picture, rescale, scale_of
+from data_shards.readers.dicom_pixels import PixelDecoder, blank, picture, rescale, scale_of
 from data_shards.readers.dicom_planes import RAS, Match, Plane, Uneven, plane_of
 from data_shards.readers.dicom_seg import read_seg
 from data_shards.readers.rtstruct import read_rtstruct
@@ -57,18 +57,48 @@ def read_dicom(
         UserError: A file is damaged, or the slices are not one volume; see the options.
     """
     files = series_in(path, series, series_uid)
-    slices: list[_Slice] = []
     with PixelDecoder() as decoder:
-        for file in files:
-            with reading(file):
-                slices += _slices_of(file, decoder, role, burned_in)
-    placed = [item for item in slices if item.plane is not None]
-    if not placed:
-        return _picture(path, slices, role)
-    if len(placed) < len(slices):
-        stray = next(item for item in slices if item.plane is None)
-        raise UserError(f"{stray.path}: does not say where it lies, as others of its series do: leave it out")
-    return _Stack(path, _one_way(placed, localizers)).volume(gaps, tilt)
+        slices = _slices_of(files, decoder, role, burned_in)
+    stack = _stacked(path, slices, localizers)
+    return _picture(path, slices, role) if stack is None else stack.volume(gaps, tilt)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the slices of a series lie, without their pixels.
+
+    Attributes:
+        slices: File, number of the frame in it, and slope and intercept of each slice, in the order of their places.
+        shape: (X, Y, Z): columns, rows and slices.
+        affine: (4, 4) from an index (x, y, z) to mm in NIfTI's frame.
+        even: Whether the slices lie at even distances.
+        frame: Frame of reference.
+    """
+
+    slices: tuple[tuple[Path, int, tuple[float, float]], ...]
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    even: bool
+    frame: str | None
+
+
+def lay_out(
+    path: Path,
+    series: int | None = None,
+    series_uid: str | None = None,
+    gaps: str = "error",
+    tilt: str = "error",
+    localizers: str = "error",
+    burned_in: str = "refuse",
+) -> Layout | None:
+    """Read only the headers of a series; None for pictures without a place. See `read_dicom` for options and errors."""
+    stack = _stacked(path, _slices_of(series_in(path, series, series_uid), None, "image", burned_in), localizers)
+    if stack is None:
+        return None
+    affine, places = stack.place(gaps, tilt)
+    rows, columns = stack.slices[0].pixels.shape[:2]
+    slices = tuple((item.path, item.number, item.scale) for item in stack.slices)
+    return Layout(slices, (columns, rows, len(slices)), affine, places is None, stack.slices[0].frame or None)
 
 
 @register_drawing(FOLDER, ".dcm", ".dicom", ".ima", "")
@@ -109,7 +139,8 @@ class _Slice:
 
     Attributes:
         path: Its file.
-        pixels: (R, C) stored values, or (R, C, 3).
+        number: Which frame of the file it is, from 0.
+        pixels: (R, C) stored values, or (R, C, 3); all 0 where only the header was read.
         scale: Slope and intercept of its values.
         plane: Where it lies, or None.
         frame: Frame of reference.
@@ -119,6 +150,7 @@ class _Slice:
     """
 
     path: Path
+    number: int
     pixels: np.ndarray
     scale: tuple[float, float]
     plane: Plane | None
@@ -128,20 +160,30 @@ class _Slice:
     spacing: tuple[float, float] | None
 
 
-def _slices_of(path: Path, decoder: PixelDecoder, role: Role, burned_in: str) -> list[_Slice]:
+def _slices_of(files: Sequence[Path], decoder: PixelDecoder | None, role: Role, burned_in: str) -> list[_Slice]:
+    """Read files, or, without a decoder, only their headers."""
+    slices: list[_Slice] = []
+    for file in files:
+        with reading(file):
+            slices += _slices_in(file, decoder, role, burned_in)
+    return slices
+
+
+def _slices_in(path: Path, decoder: PixelDecoder | None, role: Role, burned_in: str) -> list[_Slice]:
     """Read one file."""
-    dataset = open_dicom(path)
+    dataset = open_dicom(path, _PLACES if decoder is None else None)
     if burned_in == "refuse" and str(dataset.get("BurnedInAnnotation") or "").strip().upper() == "YES":
         raise UserError(
             f"{path}: its header says that text is burned into the image, which may name the patient: leave it out, or "
             "look at it and set reader: {burned_in: allow}"
         )
-    pixels = picture(dataset, decoder, path, role)
+    pixels = blank(dataset) if decoder is None else picture(dataset, decoder, path, role)
     between = number_in(dataset, "SpacingBetweenSlices", path) or number_in(dataset, "SliceThickness", path)
     kinds = dataset.get("ImageType") or ()
     return [
         _Slice(
             path=path,
+            number=number,
             pixels=frame,
             scale=scale_of(dataset, number, path) if frame.ndim == 2 else (1.0, 0.0),
             plane=plane_of(dataset, number, path),
@@ -152,6 +194,39 @@ def _slices_of(path: Path, decoder: PixelDecoder, role: Role, burned_in: str) ->
         )
         for number, frame in enumerate(pixels)
     ]
+
+
+_PLACES = (
+    "BurnedInAnnotation",
+    "Columns",
+    "FrameOfReferenceUID",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "ImageType",
+    "ImagerPixelSpacing",
+    "ModalityLUTSequence",
+    "NumberOfFrames",
+    "PerFrameFunctionalGroupsSequence",
+    "PhotometricInterpretation",
+    "PixelSpacing",
+    "RescaleIntercept",
+    "RescaleSlope",
+    "Rows",
+    "SamplesPerPixel",
+    "SharedFunctionalGroupsSequence",
+    "SliceThickness",
+    "SpacingBetweenSlices",
+)
+"""What of a header says how the slices lie and what their values mean."""
+
+
+def _stacked(path: Path, slices: list[_Slice], localizers: str) -> _Stack | None:
+    """Stack slices; None if none of them has a place."""
+    placed = [item for item in slices if item.plane is not None]
+    if 0 < len(placed) < len(slices):
+        stray = next(item for item in slices if item.plane is None)
+        raise UserError(f"{stray.path}: does not say where it lies, as others of its series do: leave it out")
+    return _Stack(path, _one_way(placed, localizers)) if placed else None
 
 
 def _picture_spacing(dataset: Dataset, path: Path) -> tuple[float, float] | None:
@@ -213,8 +288,8 @@ class _Stack:
         self._check_alike()
         self._check_apart()
 
-    def volume(self, gaps: str, tilt: str) -> Volume:
-        """Return the slices as a volume in LPS order."""
+    def place(self, gaps: str, tilt: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the affine of the stack, and where its slices lie in mean steps; None where they lie evenly."""
         first, count = self.planes[0], len(self.planes)
         # From the first slice to the last: the corners of the volume are where they are, whatever the steps between.
         step = first.normal * self.slices[0].thickness
@@ -223,7 +298,11 @@ class _Stack:
         affine = np.eye(4)
         affine[:3] = np.stack([first.along_row, first.along_column, step, first.position], axis=1) * RAS[:, None]
         self._check_shear(step, tilt)
-        places = self._places(gaps)
+        return affine, self._places(gaps)
+
+    def volume(self, gaps: str, tilt: str) -> Volume:
+        """Return the slices as a volume in LPS order."""
+        affine, places = self.place(gaps, tilt)
         array = rescale([item.pixels for item in self.slices], [item.scale for item in self.slices])
         stacked = array.transpose(2, 1, 0, *range(3, array.ndim))
         turned = turn_to_lps(self.path, stacked, affine)

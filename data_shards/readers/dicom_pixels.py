@@ -162,6 +162,15 @@ def picture(dataset: Dataset, decoder: PixelDecoder, path: Path, role: Role) -> 
     return array
 
 
+def blank(dataset: Dataset) -> np.ndarray:
+    """Return frames (F, R, C) or (F, R, C, 3) of zeros that take no memory, shaped as `picture` gives them."""
+    sides = (int(dataset.get("NumberOfFrames") or 1), int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0))
+    colours = (
+        int(dataset.get("SamplesPerPixel") or 1) > 1 or dataset.get("PhotometricInterpretation") == "PALETTE COLOR"
+    )
+    return np.broadcast_to(np.uint8(0), (*sides, 3) if colours else sides)
+
+
 def invert(array: np.ndarray, bits: int) -> np.ndarray:
     """Let the lowest and the highest number of so many bits change places, and all between."""
     total = -1 if array.dtype.kind == "i" else 2**bits - 1

@@ -50,7 +50,7 @@ def _load(path: Path) -> Any:
     """Return nibabel's image of a file."""
     import nibabel
 
-    with _quiet():
+    with quiet():
         if not path.name.lower().endswith(".gz"):
             return nibabel.load(path)
         # nibabel stops before the checksum at the end of a gzip file: unpacked whole, damage is found.
@@ -60,7 +60,7 @@ def _load(path: Path) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep nibabel from logging what it mends in a header: the lines do not name the file, and the rest it raises."""
     from nibabel.imageglobals import logger
 

@@ -218,3 +218,42 @@ def test_soft_targets_keep_the_smallest_and_the_thinnest(monkeypatch: pytest.Mon
     assert made.shares([]).shape == (0, 16, 16)
     padded = Preprocessing(16).shares([torch.ones(8, 32)])
     assert (padded[0, :4] == 1).all() and padded.sum() == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16, torch.float32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_zscore_takes_an_images_own_mean_and_deviation_before_padding(channels, dtype):
+    darker = (noise(channels, 60, 40, torch.float32).flip(2) + 90).clamp(0, 200).to(dtype)  # of the first one's size
+    images = [noise(channels, 60, 40, dtype), darker, noise(1, 64, 64, dtype)]
+    found = Preprocessing(image_size=64, scaling="zscore").images(images)
+    assert found.shape == (3, 3, 64, 64)
+    for image, result in zip(images, found, strict=True):
+        rows, columns = PAD.input_size(*image.shape[-2:])
+        native = image.float()[None]
+        resized = torch.nn.functional.interpolate(native, (rows, columns), mode="bilinear", antialias=True)[0].numpy()
+        expected = (resized.astype(np.float64) - resized.mean()) / resized.astype(np.float64).std()
+        np.testing.assert_allclose(
+            result[:, :rows, :columns].numpy(), expected.repeat(3 // len(expected), 0), atol=1e-4
+        )
+        assert (result[:, rows:] == 0).all()
+        assert (result[:, :, columns:] == 0).all()
+        assert result[:, :rows, :columns].mean().abs() < 1e-4, "all channels together, not each for itself"
+        assert result[:, :rows, :columns].std(correction=0) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1000.1, 32768.0, 1e6 + 0.3])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_zscore_of_an_image_of_one_value_is_nothing(value, interpolation):
+    """Resizing and means round: what they leave must not be taken for contrast, in a neighbour's company too."""
+    images = [torch.full((1, 75, 91), value), noise(1, 75, 91, torch.float32)]
+    both = Preprocessing(image_size=64, scaling="zscore", interpolation=interpolation).images(images)
+    assert (both[0] == 0).all()
+    assert both[1].abs().max() > 1
+
+
+def test_zscore_does_not_depend_on_offset_and_scale():
+    image = noise(1, 50, 70, torch.float32)
+    zscore = Preprocessing(image_size=32, resize="squash", scaling="zscore")
+    torch.testing.assert_close(zscore.images([image * 40 + 1000]), zscore.images([image]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(zscore.images([-image]), -zscore.images([image]), atol=1e-4, rtol=0)
+    assert zscore.to_dict()["scaling"] == "zscore"

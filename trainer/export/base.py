@@ -1,16 +1,19 @@
 """What every export offers to the gate.
 
-Shapes: Q prompts, S the consumer's input side, C channels; P texts, N object queries, h w the side of their masks.
+Shapes: Q prompts, S the consumer's input side, C channels; P texts, N object queries, h w the side of their masks; T
+frames, H W their native height and width.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from data_shards.errors import UserError
@@ -38,6 +41,23 @@ class TextAnswer:
 TextConsumer = Callable[[Tensor, Sequence[str]], TextAnswer]
 """A consumer's own model: image (1, C, S, S) and P texts → what it finds."""
 
+FrameConsumer = Callable[[Sequence[np.ndarray], Tensor], tuple[Tensor, Tensor]]
+"""A consumer's own model: T frames (H, W) or (H, W, 3) uint8 and boxes (Q, 4) in pixels of the first → the frames as
+it read them, (T, C, S, S), and mask logits (T, Q, H, W) of what the boxes show, followed through all of them."""
+
+
+@dataclass(frozen=True)
+class VideoConsumer:
+    """A consumer's own model that answers boxes in an image, and follows what they show through frames.
+
+    Attributes:
+        image: Answers boxes; its logits have its own side, (Q, h, w).
+        follow: Follows.
+    """
+
+    image: BoxConsumer
+    follow: FrameConsumer
+
 
 class Exporter(ABC):
     """One format, the tool that reads it, and how that tool loads it."""
@@ -54,12 +74,14 @@ class Exporter(ABC):
     """What to install for the gate."""
     image_size: int
     """Input side S in pixels that the consumer runs at."""
-    asks: Literal["boxes", "texts"] = "boxes"
+    asks: Literal["boxes", "texts", "boxes and frames"] = "boxes"
     """What the consumer is asked with."""
     samples: int = 8
     """Images that the gate compares on, unless told otherwise."""
     notes: tuple[str, ...] = ()
     """What a user of the consumer should know."""
+    builder: Mapping[str, Any] = MappingProxyType({})
+    """What the consumer's builder is told beside the file, where it must be told something."""
 
     def based_on(self, checkpoint: Path) -> Exporter:
         """The export that takes what our model does not have from a checkpoint in the consumer's layout.
@@ -77,12 +99,16 @@ class Exporter(ABC):
             UserError: It could, but for its sizes.
         """
 
+    def for_model(self, model: SegmentationModel) -> Exporter:
+        """The export of one model that `accepts` has taken, where the consumer is built after it."""
+        return self
+
     @abstractmethod
     def write(self, model: SegmentationModel, path: Path) -> None:
         """Write the file; adapters have been merged."""
 
     @abstractmethod
-    def load(self, path: Path) -> BoxConsumer | TextConsumer:
+    def load(self, path: Path) -> BoxConsumer | TextConsumer | VideoConsumer:
         """Load the file with the consumer's own code, strictly.
 
         Returns:

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_shards.errors import CommandParser, UserError, nearest
 from trainer.export import EXPORTERS, Exporter
-from trainer.export.gate import Verdict, compare, real_samples, require_consumer
+from trainer.export.gate import Verdict, compare, real_clip, real_samples, require_consumer
 from trainer.models.weights import sha256_of
 from trainer.restore import Weights, find_checkpoint, recipe_of, restore
 from trainer.run import Run, write_json
@@ -22,6 +22,7 @@ it, and its logits are compared with ours on real images. Only an export that pa
 
   trainer export runs/quickstart --to litemedsam --out brain.pth
   trainer export runs/liver --to medsam --out liver.pth        for segment-anything and MedSAM's own scripts
+  trainer export runs/organs --to sam2 --out organs.pt         for Meta's SAM2: images, volumes and videos
   trainer export runs/terms --to sam3 --base sam3.pt --out terms.pt       for Meta's SAM3, with its tracker for videos
 
 What is linear (LoRA, SAMed, FacT, SSF) is merged first; adapters and visual prompts have no place in these formats.
@@ -84,20 +85,23 @@ def export(
     Raises:
         UserError: The run has no such checkpoint, its model does not fit the format, or the gate did not pass.
     """
-    batches = []
+    batches, clip = [], None
     if not unverified:  # before anything slow
         require_consumer(exporter)
-        batches = real_samples(images or _test_split(run), samples)
+        folder = images or _test_split(run)
+        batches = real_samples(folder, samples)
+        clip = real_clip(str(folder), batches) if exporter.asks == "boxes and frames" else None
     module = restore(run, checkpoint, weights)
     module.tuning.merge(module.model)
     if not exporter.accepts(module.model):
         raise UserError(f"{run.root}: a {type(module.model).__name__} cannot be exported to '{exporter.name}'")
+    exporter = exporter.for_model(module.model)
     partial = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         exporter.write(module.model, partial)
         wording = getattr(module, "wording", None)
-        verdict = None if unverified else compare(exporter, partial, module.model, batches, wording)
+        verdict = None if unverified else compare(exporter, partial, module.model, batches, wording, clip)
         if verdict is not None and not verdict.verified:
             raise UserError(
                 f"export to '{exporter.name}' failed: {verdict.worst} differ by {verdict.difference:.2g} from the "
@@ -129,7 +133,9 @@ def _parser() -> CommandParser:
         help="which, of a checkpoint that has an average (trainer.callbacks.EMA): that by default",
     )
     parser.add_argument("--images", metavar="FOLDER", help="shards for the gate (default: the run's test split)")
-    parser.add_argument("--samples", type=int, metavar="N", help="images for the gate (default: 8; 2 for sam3)")
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="images for the gate (default: 8; 4 for sam2, 2 for sam3)"
+    )
     parser.add_argument("--base", metavar="FILE", help="sam3: Meta's sam3.pt, whose tracker goes into the file too")
     parser.add_argument("--unverified", action="store_true", help="write without the gate; the record says so")
     return parser
@@ -147,7 +153,10 @@ def _record(exporter: Exporter, out: Path, sha256: str, verdict: Verdict | None,
             0, f"Trained at {trained_at} px; {exporter.package} runs at {exporter.image_size} px, see both DSCs."
         )
     found = asdict(verdict) if verdict else {"verified": None}
-    return {"format": exporter.name, "file": str(out), "sha256": sha256, **found, "notes": notes}
+    if verdict and verdict.frames and not verdict.frames_shown:
+        notes.append(f"{exporter.package} holds everything to be absent after the first frame: its memory is untested.")
+    built = {"builder": dict(exporter.builder)} if exporter.builder else {}
+    return {"format": exporter.name, "file": str(out), "sha256": sha256, **built, **found, "notes": notes}
 
 
 def _print(record: Mapping[str, Any]) -> None:
@@ -160,4 +169,7 @@ def _print(record: Mapping[str, Any]) -> None:
     )
     if record["max_confidence_difference"] is not None:
         print(f"confidences and boxes differ by at most {record['max_confidence_difference']:.1e}")
+    if record["max_followed_difference"] is not None:
+        differ = f"{record['max_followed_difference']:.1e}"
+        print(f"followed through {record['frames']} frames: logits differ by at most {differ}")
     print(f"DSC there {record['dsc_consumer']:.3f} at {record['image_size']} px, in the run {record['dsc_run']:.3f}")

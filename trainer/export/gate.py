@@ -1,6 +1,7 @@
 """The gate: an export is verified when the consumer's own code loads it and agrees on real images.
 
-Shapes: Q prompts of one image, S the consumer's input side; P texts asked about an image, N object queries.
+Shapes: Q prompts of one image, S the consumer's input side; P texts asked about an image, N object queries; T frames of
+a clip, H W their native height and width.
 """
 
 from __future__ import annotations
@@ -10,26 +11,38 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from data_shards import views
 from data_shards.batch import Sample, TripletBatch, collate
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
-from trainer.export.base import BoxConsumer, Exporter, TextAnswer, TextConsumer
+from trainer.callbacks.panels import to_uint8
+from trainer.export.base import BoxConsumer, Exporter, FrameConsumer, TextAnswer, TextConsumer, VideoConsumer
 from trainer.metrics import overlap
 from trainer.models import SAM3, SegmentationModel
 from trainer.prompts import Prompts
 from trainer.prompts.concepts import ConceptPrompts, concepts_of
 from trainer.prompts.wording import Wording
 
+if TYPE_CHECKING:
+    from trainer.models import SAM2
+
 TOLERANCE = 1e-3
 """Largest difference in fp32 between our model's answers and the consumer's; `Verdict` says of what."""
 TERMS = 8
 """Terms of an image that a consumer of texts is asked for, at most."""
+FRAMES = 4
+"""Frames of the clip through which a consumer follows what it is shown."""
+FOLLOWED = 3
+"""Targets that it follows, at most."""
+ABSENT = -1024.0
+"""Logit of what SAM2 holds to be absent."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +73,41 @@ class Verdict:
     dsc_run: float
     dsc_consumer: float
     max_confidence_difference: float | None = None
+    max_followed_difference: float | None = None
+    frames: int = 0
+    frames_shown: int = 0
 
     @property
     def worst(self) -> str:
         """What differs most; what is not a number differs more than anything."""
-        logits, confidence = self.max_logit_difference, self.max_confidence_difference
-        return "logits" if confidence is None or logits > confidence or math.isnan(logits) else "confidences"
+        found = self._differences()
+        return max(found, key=lambda name: math.inf if math.isnan(found[name]) else found[name])
 
     @property
     def difference(self) -> float:
         """How much that differs."""
-        if self.worst == "logits" or self.max_confidence_difference is None:
-            return self.max_logit_difference
-        return self.max_confidence_difference
+        return self._differences()[self.worst]
+
+    def _differences(self) -> dict[str, float]:
+        found = {
+            "logits": self.max_logit_difference,
+            "confidences": self.max_confidence_difference,
+            "logits of followed objects": self.max_followed_difference,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Real frames to follow targets through.
+
+    Attributes:
+        frames: T frames, (H, W) or (H, W, 3) uint8.
+        boxes: (Q, 4) float32, tight boxes of targets of the first frame as (x0, y0, x1, y1), in its pixels.
+    """
+
+    frames: tuple[np.ndarray, ...]
+    boxes: Tensor
 
 
 @dataclass(frozen=True)
@@ -125,6 +160,25 @@ def real_samples(folder: str | None, count: int) -> list[TripletBatch]:
     return samples
 
 
+def real_clip(folder: str, samples: Sequence[TripletBatch]) -> Clip:
+    """Neighbouring slices with targets in the first; without volumes, the samples of one size, over and over.
+
+    Args:
+        folder: The split's shards.
+        samples: Images of it, from `real_samples`.
+    """
+    shards = ShardDataset(Path(folder))
+    starts = [] if shards.index.is_old else np.flatnonzero(views.clip_starts(shards.index, FRAMES, 1)).tolist()
+    if starts:
+        triplets = [shards[place] for place in views.clip(shards.index, starts[len(starts) // 2], FRAMES, 1)]
+        batches = [collate([Sample(0, triplet, tuple(range(len(triplet.targets))))]) for triplet in triplets]
+    else:
+        batches = [one for one in samples if one.images[0].shape[-2:] == samples[0].images[0].shape[-2:]]
+    frames = [to_uint8(batch.images[0].numpy()) for batch in batches]
+    boxes = batches[0].boxes[:FOLLOWED].float()
+    return Clip(tuple(frames[number % len(frames)] for number in range(FRAMES)), boxes)
+
+
 @torch.no_grad()
 def compare(
     exporter: Exporter,
@@ -132,6 +186,7 @@ def compare(
     model: SegmentationModel,
     samples: Sequence[TripletBatch],
     wording: Wording | None = None,
+    clip: Clip | None = None,
 ) -> Verdict:
     """Load an export with its consumer and compare logits, on the CPU in fp32.
 
@@ -141,6 +196,7 @@ def compare(
         model: Our model, adapters merged, in evaluation mode.
         samples: Real images with targets.
         wording: What a concept is called, for a consumer that is asked with texts; its term by default.
+        clip: Real frames, for a consumer that follows objects.
 
     Raises:
         UserError: The consumer cannot load the file.
@@ -149,14 +205,18 @@ def compare(
     try:
         consumer: Any = exporter.load(path)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"export to '{exporter.name}' failed: {exporter.package} cannot load it ({reason})") from error
     same = model.preprocessing.image_size == exporter.image_size
     there = model if same else model.at_size(exporter.image_size)
     if exporter.asks == "texts":
         found = [_ask_texts(consumer, model, there, batch, wording or Wording()) for batch in samples]
     else:
-        found = [_ask_boxes(consumer, model, there, batch) for batch in samples]
+        asked = consumer.image if isinstance(consumer, VideoConsumer) else consumer
+        found = [_ask_boxes(asked, model, there, batch) for batch in samples]
+    followed: dict[str, Any] = {}
+    if isinstance(consumer, VideoConsumer) and clip is not None:
+        followed = _follow(consumer.follow, cast("SAM2", there), clip)
     confidences = [one.confidence for one in found if one.confidence is not None]
     verdict = Verdict(
         verified=False,
@@ -170,6 +230,7 @@ def compare(
         dsc_run=float(torch.cat([one.ours for one in found]).mean()),
         dsc_consumer=float(torch.cat([one.theirs for one in found]).mean()),
         max_confidence_difference=float(torch.stack(confidences).max()) if confidences else None,
+        **followed,
     )
     return replace(verdict, verified=verdict.difference <= TOLERANCE)
 
@@ -185,6 +246,32 @@ def _ask_boxes(
         ours=_dsc(model, batch.masks, _logits(model, batch)),
         theirs=_dsc(there, batch.masks, found),
     )
+
+
+def _follow(consumer: FrameConsumer, model: SAM2, clip: Clip) -> dict[str, Any]:
+    """Let both follow a clip's targets, each by itself, as the consumer does it: what `Verdict` says of it."""
+    from trainer.models.sam2_memory import RecentMemory
+    from trainer.models.sam2_tracking import Tracking
+
+    images, theirs = consumer(clip.frames, clip.boxes)
+    size = theirs.shape[-2:]
+    boxes, _ = model.preprocessing.boxes(clip.boxes, torch.tensor([size]).expand(len(clip.boxes), 2))
+    features = [model.encode(image[None]) for image in images]  # of the very frames that the consumer has read
+    policy, model.memory = model.memory, RecentMemory()
+    differences = []
+    for q, box in enumerate(boxes):
+        tracking = Tracking(model, len(features))
+        looks = [tracking.ask(0, features[0], [Prompts(torch.zeros(1, dtype=torch.int64), box[None])])]
+        looks += [tracking.follow(frame, features[frame]) for frame in range(1, len(features))]
+        ours = F.interpolate(torch.stack([look.best for look in looks]), size, mode="bilinear", align_corners=False)
+        differences.append((ours[:, 0] - theirs[:, q]).abs().max())
+    model.memory = policy
+    shown = theirs[1:].flatten(1).amax(1) > ABSENT / 2  # resizing may round it
+    return {
+        "max_followed_difference": float(torch.stack(differences).max()),
+        "frames": len(images),
+        "frames_shown": int(shown.sum()),
+    }
 
 
 def _ask_texts(

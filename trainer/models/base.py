@@ -6,6 +6,7 @@ Shapes: B images, Q prompts, C channels, S input side, h w mask side, M masks a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class SegmentationModel(nn.Module, ABC):
     """Name of the image encoder."""
     patch_embedding: tuple[str, ...]
     """Names of the modules and parameters that make tokens of pixels, with their absolute positions."""
+    also_called: Mapping[str, str] = {}
+    """Names of this family's parts by what other families call them: a tuning's defaults fit all."""
     fixed: tuple[str, ...] = ()
     """Names of parameters that never learn: buffers in the original, or such that no output depends on them."""
 

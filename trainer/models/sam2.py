@@ -14,21 +14,18 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from sam2.modeling.backbones.hieradet import Hiera
-from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
-from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
-from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
 from sam2.modeling.position_encoding import PositionEmbeddingSine
 from sam2.modeling.sam.transformer import RoPEAttention
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.modeling.sam2_utils import get_1d_sine_pe
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_shards.errors import UserError
 from trainer.models.base import SegmentationModel
 from trainer.models.preprocessing import Preprocessing
 from trainer.models.recomputing import recompute_blocks
 from trainer.models.sam2_memory import Memory, MemoryPolicy, RecentMemory
+from trainer.models.sam2_parts import composition, image_encoder, memory_attention, memory_encoder
 from trainer.models.sam2_shape import STRIDE, VARIANTS, SAM2Shape, Variant, check_sizes
 from trainer.models.weights import load_strictly, read_weights, source_of
 from trainer.prompts import Prompts
@@ -111,6 +108,7 @@ class SAM2(SegmentationModel, SAM2Base):
         "image_encoder.trunk.pos_embed",
         "image_encoder.trunk.pos_embed_window",
     )
+    also_called = {"prompt_encoder": "sam_prompt_encoder", "mask_decoder": "sam_mask_decoder"}
     fixed = ("no_mem_pos_enc",)
 
     if TYPE_CHECKING:  # sam2 says nothing of its types
@@ -138,8 +136,8 @@ class SAM2(SegmentationModel, SAM2Base):
         place = torch.get_default_device()
         # some parts ask for values while they are made, and move themselves to a first GPU that may be another rank's
         with torch.device("cpu"), mock.patch("torch.cuda.is_available", return_value=False):
-            parts = (_image_encoder(shape, drop_path), _memory_attention(shape, image_size, dropout))
-            SAM2Base.__init__(self, *parts, _memory_encoder(shape), **_composition(shape, image_size, postprocessing))
+            parts = image_encoder(shape, drop_path), memory_attention(shape, image_size, dropout)
+            SAM2Base.__init__(self, *parts, memory_encoder(shape), **composition(shape, image_size, postprocessing))
         self.no_mem_pos_enc.requires_grad_(False)
         self.shape, self.memory = shape, memory or RecentMemory()
         self.preprocessing = Preprocessing(image_size, resize="squash", scaling=scaling)
@@ -217,7 +215,7 @@ class SAM2(SegmentationModel, SAM2Base):
             conditioned: (Q, C, g, g) the features as they are with what is remembered.
             prompts: The prompts, rows in the order of the objects.
         """
-        if prompts is not None and prompts.given is not None and prompts.points is None:
+        if prompts is not None and prompts.given is not None:
             found = self._use_mask_as_output(features.top, list(features.high), prompts.given[:, None])
             if not self.training:  # as in the predictor, which keeps the small mask and enlarges it again
                 found = (*found[:4], self._enlarged(found[3]), *found[5:])
@@ -278,7 +276,7 @@ class SAM2(SegmentationModel, SAM2Base):
         found = self.memory_attention(
             curr=[_flat(current)],
             curr_pos=[_flat(features.positions.expand_as(current))],
-            memory=torch.cat(keys),
+            memory=torch.cat(keys).to(current.dtype),
             memory_pos=torch.cat(places),
             num_obj_ptr_tokens=tokens,
         )
@@ -311,7 +309,7 @@ class SAM2(SegmentationModel, SAM2Base):
         """
         from trainer.models.sam2_names import check_architecture, to_ours
 
-        ours = to_ours(state)
+        ours = to_ours(state, source)
         check_architecture(ours, self.shape, source)
         load_strictly(self, ours, source)
 
@@ -346,8 +344,6 @@ def merged(looks: Sequence[Look], rows: Sequence[Tensor]) -> Look:
         looks: One for each form.
         rows: For each which of the objects it was about.
     """
-    if len(looks) == 1 and torch.equal(rows[0], torch.arange(len(rows[0]))):
-        return looks[0]
     back = torch.cat(list(rows)).argsort().to(looks[0].best.device, non_blocking=True)
     most = max(look.logits.shape[1] for look in looks)
     # one mask counts as several equal ones: the best of them, and their mean, are the same
@@ -378,97 +374,3 @@ def _as_points(prompts: Prompts) -> tuple[Tensor, Tensor] | None:
     if not points:
         return None
     return torch.cat(points, dim=1), torch.cat(labels, dim=1).to(torch.int32)
-
-
-def _positions(channels: int) -> PositionEmbeddingSine:
-    return PositionEmbeddingSine(num_pos_feats=channels, normalize=True, scale=None, temperature=10000)
-
-
-def _image_encoder(shape: SAM2Shape, drop_path: float) -> nn.Module:
-    trunk = Hiera(
-        embed_dim=shape.embed_dim,
-        num_heads=shape.num_heads,
-        drop_path_rate=drop_path,
-        stages=shape.stages,
-        global_att_blocks=shape.global_blocks,
-        window_spec=shape.window_spec,
-        window_pos_embed_bkg_spatial_size=(shape.background, shape.background),
-    )
-    neck = FpnNeck(
-        position_encoding=_positions(shape.width),
-        d_model=shape.width,
-        backbone_channel_list=shape.channels,
-        fpn_top_down_levels=[2, 3],
-        fpn_interp_model="nearest",
-    )
-    return ImageEncoder(trunk=trunk, neck=neck, scalp=1)
-
-
-def _memory_attention(shape: SAM2Shape, image_size: int, dropout: float) -> nn.Module:
-    side = image_size // STRIDE
-    rotary: dict[str, Any] = {
-        "rope_theta": 10000.0, "feat_sizes": (side, side), "embedding_dim": shape.width, "num_heads": 1,
-        "downsample_rate": 1, "dropout": dropout,
-    }  # fmt: skip
-    layer = MemoryAttentionLayer(
-        activation="relu",
-        dim_feedforward=shape.feedforward,
-        dropout=dropout,
-        pos_enc_at_attn=False,
-        self_attention=RoPEAttention(**rotary),
-        d_model=shape.width,
-        pos_enc_at_cross_attn_keys=True,
-        pos_enc_at_cross_attn_queries=False,
-        cross_attention=RoPEAttention(**rotary, rope_k_repeat=True, kv_in_dim=shape.memory_width),
-    )
-    return MemoryAttention(d_model=shape.width, pos_enc_at_input=True, layer=layer, num_layers=shape.memory_layers)
-
-
-def _memory_encoder(shape: SAM2Shape) -> nn.Module:
-    return MemoryEncoder(
-        out_dim=shape.memory_width,
-        in_dim=shape.width,
-        position_encoding=_positions(shape.memory_width),
-        mask_downsampler=MaskDownSampler(embed_dim=shape.width, kernel_size=3, stride=2, padding=1),
-        fuser=Fuser(
-            CXBlock(dim=shape.width, kernel_size=7, padding=3, layer_scale_init_value=1e-6, use_dwconv=True),
-            num_layers=2,
-        ),
-    )
-
-
-def _composition(shape: SAM2Shape, image_size: int, postprocessing: bool) -> dict[str, Any]:
-    """How SAM 2.1 puts its parts together."""
-    stable = {
-        "dynamic_multimask_via_stability": True,
-        "dynamic_multimask_stability_delta": 0.05,
-        "dynamic_multimask_stability_thresh": 0.98,
-    }
-    return {
-        "num_maskmem": shape.memories,
-        "image_size": image_size,
-        "max_obj_ptrs_in_encoder": shape.pointers,
-        "sigmoid_scale_for_mem_enc": 20.0,
-        "sigmoid_bias_for_mem_enc": -10.0,
-        "use_mask_input_as_output_without_sam": True,
-        "directly_add_no_mem_embed": True,
-        "no_obj_embed_spatial": True,
-        "use_high_res_features_in_sam": True,
-        "multimask_output_in_sam": True,
-        "iou_prediction_use_sigmoid": True,
-        "use_obj_ptrs_in_encoder": True,
-        "add_tpos_enc_to_obj_ptrs": True,
-        "proj_tpos_enc_in_obj_ptrs": True,
-        "use_signed_tpos_enc_to_obj_ptrs": True,
-        "only_obj_ptrs_in_the_past_for_eval": True,
-        "pred_obj_scores": True,
-        "pred_obj_scores_mlp": True,
-        "fixed_no_obj_ptr": True,
-        "multimask_output_for_tracking": True,
-        "use_multimask_token_for_obj_ptr": True,
-        "multimask_min_pt_num": 0,
-        "multimask_max_pt_num": 1,
-        "use_mlp_for_obj_ptr_proj": True,
-        "binarize_mask_from_pts_for_mem_enc": postprocessing,
-        "sam_mask_decoder_extra_args": stable if postprocessing else None,
-    }

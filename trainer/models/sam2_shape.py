@@ -84,6 +84,12 @@ def check_sizes(shape: SAM2Shape, image_size: int) -> None:
         raise UserError(f"variant {shape}: memories and pointers are 2 or more")
     if any(not 0 <= block < sum(shape.stages) for block in shape.global_blocks):
         raise UserError(f"variant {shape}: global_blocks name blocks from 0 to {sum(shape.stages) - 1}")
+    firsts = {sum(shape.stages[:stage]) for stage in (1, 2, 3)}
+    if firsts & set(shape.global_blocks):
+        raise UserError(
+            f"variant {shape}: global_blocks: {min(firsts & set(shape.global_blocks))} is the first block of a stage, "
+            "which pools windows: take a later one"
+        )
     side = STRIDE // 4 * shape.window_spec[0]
     if image_size < SIDES or image_size % SIDES or image_size % side:
         multiple = max(SIDES, side)

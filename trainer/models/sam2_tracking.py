@@ -76,14 +76,14 @@ class Tracking:
             plain: Answer as the predictor of single images does.
         """
         answer = self.model.glance if plain else self.model.look
+        if len(prompts) == 1 and prompts[0].rows is None:
+            return answer(features, conditioned, prompts[0].to(conditioned.device))
         looks, places = [], []
         for asked in prompts:
             asked = asked.to(conditioned.device)
             rows = torch.arange(len(asked)) if asked.rows is None else asked.rows
-            whole = len(prompts) == 1 and asked.rows is None
-            mine = features if whole else features.take(rows)
-            given = conditioned if whole else conditioned[rows.to(conditioned.device, non_blocking=True)]
-            looks.append(answer(mine, given, asked))
+            given = conditioned[rows.to(conditioned.device, non_blocking=True)]
+            looks.append(answer(features.take(rows), given, asked))
             places.append(rows)
         return merged(looks, places)
 

@@ -88,6 +88,10 @@ class MedSAMModule(TunedModule):
         timescale: int | None = None,
         final_factor: float = 0.0,
     ) -> None:
+        if hasattr(model, "recall"):
+            raise UserError(
+                "MedSAMModule knows no memory: SAM2 takes trainer.modules.SAM2Module, memory false for images"
+            )
         if isinstance(model, SAM3):
             raise UserError(
                 "MedSAMModule asks with boxes and points, SAM3 is asked in words: take trainer.modules.SAM3Module"

@@ -95,7 +95,7 @@ class SAM2Module(AnsweringModule):
     ) -> None:
         if not hasattr(model, "recall"):
             raise UserError(
-                f"SAM2Module trains trainer.models.SAM2, not {type(model).__name__}: MedSAMModule trains it"
+                f"SAM2Module trains trainer.models.SAM2, not {type(model).__name__}: take the module of its family"
             )
         rates = RateSchedule(schedule, warmup_steps, cooldown_steps, power, timescale, final_factor)
         super().__init__(model, tuning or FullTuning(freeze=()), lr, weight_decay, decay, betas, rates)
@@ -188,17 +188,27 @@ class SAM2Module(AnsweringModule):
         if not batch.masks:  # every sample was damaged and skipped: nothing is learnt, and other ranks do not wait
             return self.nothing_learnt()
         self.seed_dropout(batch)
-        groups = list(self._follow(batch, self.current_epoch))
+        losses, shown = self._losses(list(self._follow(batch, self.current_epoch)))
+        self.log_dict(shown, batch_size=len(batch) // batch.frames, on_step=True, on_epoch=False)
+        return losses["loss"]
+
+    def loss_of(self, batch: TripletBatch, epoch: int) -> Tensor:
+        """The loss of a batch in an epoch, without a trainer."""
+        return self._losses(list(self._follow(batch, epoch)))[0]["loss"]
+
+    def _losses(
+        self, groups: list[tuple[Followed, dict[int, Look], dict[str, Tensor]]]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses by name, and what is shown of them."""
         clips = torch.cat([group.clip for group, _, _ in groups])
         parts = {name: torch.cat([costs[name] for _, _, costs in groups]) for name in groups[0][2]}
         losses = {name: per_image_mean(value, clips) for name, value in parts.items()}
         shown = {f"train/{name}": value.detach() for name, value in losses.items()}
         with torch.no_grad():
             shown["train/dsc"] = self._dsc(groups)
-        self.log_dict(shown, batch_size=len(clips), on_step=True, on_epoch=False)
         if not losses["loss"].requires_grad:  # nothing but given masks
-            return losses["loss"] + self.nothing_learnt()
-        return losses["loss"]
+            losses["loss"] = losses["loss"] + self.nothing_learnt()
+        return losses, shown
 
     def rehearse(self, images: int, prompts: int, frames: int = 1) -> Tensor:
         """Loss of a pass over made-up clips with so many objects each, asked with boxes."""

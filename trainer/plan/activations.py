@@ -44,7 +44,7 @@ _WIDENED = (
 
 
 def memory_at(
-    module: ScoredModule, precision: str, kept: int, images: int, prompts: int | None
+    module: ScoredModule, precision: str, kept: int, images: int, prompts: int | None, frames: int = 1
 ) -> list[dict[str, int]]:
     """Bytes in all on one device, by images a pass and prompts an image.
 
@@ -58,6 +58,7 @@ def memory_at(
         kept: Bytes that are there before the pass: weights, gradients, the optimiser's.
         images: Images a pass of the recipe; measured.
         prompts: Prompts an image of the recipe; None is not known.
+        frames: Where the recipe trains on clips, the frames of each: a clip stands for an image then.
 
     Returns:
         For all of `IMAGES` and `PROMPTS` and the recipe's own ``images``, ``prompts`` and ``bytes``.
@@ -66,8 +67,9 @@ def memory_at(
         NotImplementedError: The module cannot rehearse.
     """
     rows, columns = sorted({*IMAGES, images}), sorted({*PROMPTS, prompts or 1})
+    clip = {"frames": frames} if frames > 1 else {}
     found = {
-        (row, column): kept + pass_bytes(module, partial(module.rehearse, row, column), precision)
+        (row, column): kept + pass_bytes(module, partial(module.rehearse, row, column, **clip), precision)
         for row, column in {*product((rows[0], rows[-1]), (columns[0], columns[-1])), (images, prompts or 1)}
     }
     low, high = ([found[row, column] for column in (columns[0], columns[-1])] for row in (rows[0], rows[-1]))

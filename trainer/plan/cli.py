@@ -147,7 +147,8 @@ class PlanCLI(RecipeCLI):
         """Memory by images a pass and prompts an image; none, and a note why, where a pass cannot be rehearsed."""
         images, prompts = plan["step"]["micro_batch"], plan["prompts_per_image"]
         try:
-            return memory_at(self.module, plan["precision"], plan["memory_bytes"]["total"], images, prompts)
+            frames = plan["step"]["frames"]
+            return memory_at(self.module, plan["precision"], plan["memory_bytes"]["total"], images, prompts, frames)
         except Exception as error:  # any model's code runs in there
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             plan["notes"].append(f"no table of memory: a pass cannot be run on tensors without content ({why})")
@@ -176,7 +177,7 @@ def step(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
         trainer: Arguments of the trainer.
 
     Returns:
-        Images a step and a pass, the devices (None if the recipe takes as many as there are) and the passes of each in
+        Images (or clips, of so many frames) a step and a pass, the devices (None if the recipe takes as many as there are) and the passes of each in
         a step, on one device where their number is not known.
 
     Raises:
@@ -190,6 +191,7 @@ def step(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
         "devices": devices,
         "passes": images // (micro * (devices or 1)),
         "targets_per_image": data.get("targets_per_image"),
+        "frames": data.get("clip_length") or 1,
     }
 
 

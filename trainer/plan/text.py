@@ -40,7 +40,8 @@ def show(plan: Mapping[str, Any], console: Console) -> None:
 def show_memory(plan: Mapping[str, Any], console: Console) -> None:
     """Print what a pass takes by images and prompts, what fits which GPU, and the plan's notes."""
     if plan["memory_at"]:
-        console.print("memory     of one GPU in all, by images of a pass and prompts of each; * as in the recipe")
+        what = _what(plan["step"])
+        console.print(f"memory     of one GPU in all, by {what}s of a pass and prompts of each; * as in the recipe")
         console.print(_memory_table(plan))
     for note in plan["notes"]:
         console.print(f"note: {note}", soft_wrap=True)
@@ -55,13 +56,18 @@ def _memory_table(plan: Mapping[str, Any]) -> Table:
         table.add_column(_counted(column, "prompt", column == plan["prompts_per_image"]), justify="right")
     for row in rows:
         own = row == plan["step"]["micro_batch"]
-        table.add_row(_counted(row, "image", own), *(_bytes(sizes[row, column]) for column in columns))
+        table.add_row(_counted(row, _what(plan["step"]), own), *(_bytes(sizes[row, column]) for column in columns))
     table.add_section()
     for number, card in enumerate(CARDS):
         if number and max(sizes.values()) <= USABLE * CARDS[number - 1] * 2**30:
             break  # all fits the smaller one
-        table.add_row(f"images in {card} GB", *(_most(sizes, rows, column, card) for column in columns))
+        table.add_row(f"{_what(plan['step'])}s in {card} GB", *(_most(sizes, rows, column, card) for column in columns))
     return table
+
+
+def _what(step: Mapping[str, Any]) -> str:
+    """What a pass takes several of."""
+    return "image" if step["frames"] == 1 else "clip"
 
 
 def _counted(count: int, what: str, own: bool) -> str:
@@ -144,7 +150,8 @@ def _step_text(step: Mapping[str, Any], terms: int | None) -> str:
     passes = f"{step['passes']} pass" + "es" * (step["passes"] != 1)
     targets, kind = (step["targets_per_image"], "target") if terms is None else (terms, "term")
     drawn = "all targets of each" if targets is None else f"{targets} {kind}{'s' * (targets != 1)} of each"
-    return f"{step['images']} images, {drawn}: {step['micro_batch']} at once, so {passes} on {on}"
+    what = "images" if step["frames"] == 1 else f"clips of {step['frames']} slices"
+    return f"{step['images']} {what}, {drawn}: {step['micro_batch']} at once, so {passes} on {on}"
 
 
 def _length_text(length: Mapping[str, Any]) -> str:

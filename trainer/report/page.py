@@ -13,7 +13,8 @@ from trainer.report.data import Evaluation, RunData
 from trainer.report.gate import gate_figure, gate_section
 from trainer.report.groups import group_sections, mean_sd, scored_metrics
 from trainer.report.markup import Markup, code, duration, facts, paragraph, score, section, signed, table, text
-from trainer.report.pictures import Choice, choose, draw, has_box
+from trainer.report.panels import Panel
+from trainer.report.pictures import choose, draw, has_box
 from trainer.report.sets import sets_section
 from trainer.report.style import STYLE
 from trainer.report.words import word_sections
@@ -53,6 +54,16 @@ def render(data: RunData) -> str:
         )
         if part
     )
+    return document(title, body)
+
+
+def document(title: str, body: str) -> str:
+    """A page that needs no network, no script and no other file.
+
+    Args:
+        title: Its title, as HTML.
+        body: What it shows, as HTML.
+    """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -127,12 +138,6 @@ def _panels(data: RunData) -> str:
     if not choices:
         return ""
     kept = max(len(evaluation.panels) for evaluation in (data.before, data.after) if evaluation)
-    legend = "".join(
-        f'<label><input type="checkbox" id="show-{kind}" checked>'
-        f'<svg viewBox="0 0 34 18" aria-hidden="true">{mark}</svg>'
-        f"<span>{name} <small>({how})</small></span></label>"
-        for kind, name, how, mark in (*_LEGEND, *_prompt_legend(choices))
-    )
     note = (
         f"{counted(len(choices), 'target')} of the {kept} that were kept as pictures, from worst to best by DSC"
         f"{' after tuning' if data.after else ''}; the numbers are DSC."
@@ -142,16 +147,31 @@ def _panels(data: RunData) -> str:
     return section(
         "Before and after" if paired else "Pictures",
         paragraph(note, "note"),
-        f'<div class="legend" role="group" aria-label="Legend: what is drawn">{legend}</div>',
+        legend(prompt_legend([choice.panel for choice in choices])),
         f'<div class="{"panels" if paired else "panels single"}">\n{figures}\n</div>',
     )
 
 
-def _prompt_legend(choices: Sequence[Choice]) -> list[tuple[str, str, str, str]]:
+def legend(prompt: Sequence[tuple[str, str, str, str]] = ()) -> str:
+    """What the lines of pictures mean; each can be switched off.
+
+    Args:
+        prompt: The line of the prompt, from `prompt_legend`.
+    """
+    items = "".join(
+        f'<label><input type="checkbox" id="show-{kind}" checked>'
+        f'<svg viewBox="0 0 34 18" aria-hidden="true">{mark}</svg>'
+        f"<span>{name} <small>({how})</small></span></label>"
+        for kind, name, how, mark in (*_LEGEND, *prompt)
+    )
+    return f'<div class="legend" role="group" aria-label="Legend: what is drawn">{items}</div>'
+
+
+def prompt_legend(panels: Sequence[Panel]) -> list[tuple[str, str, str, str]]:
     """The prompt's line of the legend; none where a model was asked in words, of which nothing is drawn."""
     box = '<rect class="prompt" x="4" y="4" width="26" height="10"/>'
-    if not any(len(choice.panel.points) for choice in choices):
-        drawn = any(has_box(choice.panel) for choice in choices)
+    if not any(len(panel.points) for panel in panels):
+        drawn = any(has_box(panel) for panel in panels)
         return [("prompt", "box", "dotted: the prompt", box)] if drawn else []
     return [("prompt", "prompt", "dotted box; circle: on the target; cross: beside it", box)]
 

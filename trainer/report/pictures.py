@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -123,25 +124,40 @@ def draw(choice: Choice, number: int) -> str:
         number: Unique on the page.
     """
     panel, crop = choice.panel, crop_of(choice)
-    sides = [(name, side) for name, side in (("before", choice.before), ("after", choice.after)) if side]
-    image = f'<g id="target-{number}">{_image(panel, crop)}{_outline(panel.truth, crop, "truth")}</g>'
-    tiles = []
-    for position, (name, side) in enumerate(sides):
-        base = f'<use href="#target-{number}"/>' if position else image
-        label = f"{panel.term} {name} tuning: the prediction overlaps the truth with a DSC of {score(side.dsc)}"
-        parts = base + _outline(side.prediction, crop, "prediction") + _prompt(side, crop)
-        view = f"{crop.x} {crop.y} {crop.side} {crop.side}"
-        tiles.append(
-            f'<div class="tile"><svg viewBox="{view}" role="img" aria-label="{escape(label)}">{parts}</svg>'
-            f"<p>{name} <b>{score(side.dsc)}</b></p></div>"
-        )
+    sides = [
+        (name, f"{name} tuning", side) for name, side in (("before", choice.before), ("after", choice.after)) if side
+    ]
     height, width = panel.truth.shape
     close = "" if crop.side >= max(height, width) else f", cropped to {crop.side} × {crop.side}"
     return (
-        f'<figure class="panel"><div class="tiles">{"".join(tiles)}</div><figcaption><b>{escape(choice.why)}</b> · '
+        f'<figure class="panel"><div class="tiles">{tiles(sides, crop, number)}</div>'
+        f"<figcaption><b>{escape(choice.why)}</b> · "
         f"{escape(panel.term)}<br><small>{escape(panel.key)} · {width} × {height} px{close}</small>"
         "</figcaption></figure>"
     )
+
+
+def tiles(sides: Sequence[tuple[str, str, Panel]], crop: Crop, number: int) -> str:
+    """One target as several predictions see it, side by side; the image is stored once.
+
+    Args:
+        sides: What stands below a tile, what it is called in its description, and its panel: the same image and truth.
+        crop: The part that is seen.
+        number: Unique on the page.
+    """
+    _, _, panel = sides[0]
+    image = f'<g id="target-{number}">{_image(panel, crop)}{_outline(panel.truth, crop, "truth")}</g>'
+    drawn = []
+    for position, (name, when, side) in enumerate(sides):
+        base = f'<use href="#target-{number}"/>' if position else image
+        label = f"{panel.term} {when}: the prediction overlaps the truth with a DSC of {score(side.dsc)}"
+        parts = base + _outline(side.prediction, crop, "prediction") + _prompt(side, crop)
+        view = f"{crop.x} {crop.y} {crop.side} {crop.side}"
+        drawn.append(
+            f'<div class="tile"><svg viewBox="{view}" role="img" aria-label="{escape(label)}">{parts}</svg>'
+            f"<p>{escape(name)} <b>{score(side.dsc)}</b></p></div>"
+        )
+    return "".join(drawn)
 
 
 def _by_target(evaluation: Evaluation | None) -> dict[tuple[str, str, int], Panel]:

@@ -170,7 +170,9 @@ def matching(model: nn.Module, pattern: str, what: str) -> list[str]:
         UserError: None does.
     """
     names = [name for name, _ in model.named_parameters()]
-    found = [name for name in names if fnmatch(name, pattern) or name.startswith(pattern.rstrip(".*") + ".")]
+    part, dot, rest = pattern.partition(".")
+    own = getattr(model, "also_called", {}).get(part, part) + dot + rest
+    found = [name for name in names if fnmatch(name, own) or name.startswith(own.rstrip(".*") + ".")]
     if not found:
         parts = sorted({name.split(".")[0] for name in names})
         raise UserError(
