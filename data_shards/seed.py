@@ -24,6 +24,7 @@ Purpose = Literal[
     "dropout",
     "clip_ends",
     "corrected",
+    "augmentation",
 ]
 _TAGS: dict[Purpose, int] = {
     "negatives": 0x6E656761,
@@ -40,6 +41,7 @@ _TAGS: dict[Purpose, int] = {
     "dropout": 0x64726F70,
     "clip_ends": 0x656E6473,
     "corrected": 0x636F7272,
+    "augmentation": 0x6175676D,
 }
 """Set streams apart from each other, and from those of orders, targets and boxes, which begin with (seed, epoch)."""
 

@@ -111,6 +111,14 @@ def followed(batch: TripletBatch, preprocessing: Preprocessing, mask_side: int, 
     )
 
 
+def clip_draws(batch: TripletBatch) -> list[tuple[int, ...]]:
+    """What a clip's randomness may depend on: its first sample, and the repeat where it is not the first."""
+    starts = range(0, len(batch), batch.frames)
+    return [
+        (batch.positions[start], *[repeat for repeat in batch.repeats[start : start + 1] if repeat]) for start in starts
+    ]
+
+
 def with_absences(batch: TripletBatch) -> TripletBatch:
     """The batch with what is followed named as absent in the frames that do not show it, frame by frame."""
     frames = batch.frames

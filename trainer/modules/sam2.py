@@ -22,7 +22,8 @@ from trainer.losses import BestMaskLoss, DiceCrossEntropy, resize_logits
 from trainer.metrics import overlap
 from trainer.models import SegmentationModel
 from trainer.modules.answering import AnsweringModule
-from trainer.modules.clips import Followed, followed, with_absences
+from trainer.modules.augmentation import ClipAugmentation
+from trainer.modules.clips import Followed, clip_draws, followed, with_absences
 from trainer.modules.medsam import per_image_mean
 from trainer.modules.optimization import RateSchedule, Schedule
 from trainer.modules.scoring import Prediction
@@ -59,6 +60,7 @@ class SAM2Module(AnsweringModule):
         loss_at: Where masks are compared: at the side of the model's ``input``, or at the ``decoder``'s.
         corrected_frames: Frames of a clip that are corrected in training, at most: so many are drawn, the anchor always
             among them; 2 in SAM2's training. Corrected frames are remembered as prompted ones.
+        augmentation: How training clips are changed: flipped, turned and the like; not at all if null.
         lr: Learning rate of what has no rate of its own.
         weight_decay: AdamW's decay.
         decay: What decays: ``matrices`` and kernels, or ``all``, norms and biases too.
@@ -82,6 +84,7 @@ class SAM2Module(AnsweringModule):
         loss: BestMaskLoss | DiceCrossEntropy | None = None,
         loss_at: Literal["input", "decoder"] = "input",
         corrected_frames: int = 1,
+        augmentation: ClipAugmentation | None = None,
         lr: float = 1e-4,
         weight_decay: float = 0.01,
         decay: Decay = "matrices",
@@ -102,7 +105,7 @@ class SAM2Module(AnsweringModule):
         if corrected_frames < 1:
             raise UserError(f"corrected_frames {corrected_frames}: 1 or more; prompts without corrections correct none")
         self.memory, self.prompts, self.loss = memory, prompts or BoxPrompts(), loss or BestMaskLoss()
-        self.loss_at, self.corrected_frames = loss_at, corrected_frames
+        self.loss_at, self.corrected_frames, self.augmentation = loss_at, corrected_frames, augmentation
         freeze(self.model, self._unreached())
         self.tuning.check_learns(self.model)
 
@@ -188,7 +191,10 @@ class SAM2Module(AnsweringModule):
         if not batch.masks:  # every sample was damaged and skipped: nothing is learnt, and other ranks do not wait
             return self.nothing_learnt()
         self.seed_dropout(batch)
-        losses, shown = self._losses(list(self._follow(batch, self.current_epoch)))
+        groups = list(self._follow(batch, self.current_epoch))
+        if not groups:  # no anchor shows what it did, after an augmentation
+            return self.nothing_learnt()
+        losses, shown = self._losses(groups)
         self.log_dict(shown, batch_size=len(batch) // batch.frames, on_step=True, on_epoch=False)
         return losses["loss"]
 
@@ -281,8 +287,11 @@ class SAM2Module(AnsweringModule):
             Objects, the last answer to each frame, and what each object costs by the name of the loss: (Q,) each.
         """
         preprocessing = self.model.preprocessing
-        features = self.model.encode(preprocessing.images(batch.images, self.device))
+        images = preprocessing.images(batch.images, self.device)
         everything = followed(batch, preprocessing, self.model.mask_side, self.device)
+        if self.augmentation is not None and epoch is not None:
+            images, everything = self.augmentation(images, everything, clip_draws(batch), epoch)
+        features = self.model.encode(images)
         groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for clip, anchor in enumerate(everything.anchors):
             corrected = self._corrected(batch, clip, anchor, epoch)
@@ -302,10 +311,7 @@ class SAM2Module(AnsweringModule):
         most = min(self.corrected_frames, batch.frames)
         if epoch is None or most == 1 or not self.prompts.rounds(epoch):
             return (anchor,)
-        first = clip * batch.frames
-        generator = stream(
-            run_seed(None), "corrected", epoch, batch.positions[first], *batch.repeats[first : first + 1]
-        )
+        generator = stream(run_seed(None), "corrected", epoch, *clip_draws(batch)[clip])
         others = [frame for frame in range(batch.frames) if frame != anchor]
         count = int(generator.integers(1, most, endpoint=True)) - 1
         return (anchor, *sorted(generator.choice(others, size=count, replace=False).tolist()))

@@ -1,0 +1,1 @@
+"""Models side by side on the same cases: images, volumes from one slice, videos from the first frame."""

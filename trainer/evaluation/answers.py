@@ -1,0 +1,114 @@
+"""What a model answers about a case, and how good that is.
+
+Shapes: M objects, D slices, H W native height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from trainer.evaluation.cases import Part, Thing
+from trainer.evaluation.protocol import SetSpec
+from trainer.metrics import nsd, slice_dsc, volume_scores
+from trainer.metrics.volumes import dice
+from trainer.models import SegmentationModel
+from trainer.volumes.asked import Asked, prompts_of, shown
+from trainer.volumes.propagation import propagate
+
+Precision = Literal["32-true", "bf16-mixed"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good a mask, or an object in a volume, is; see `trainer.evaluation.rows.Row`."""
+
+    dsc: float
+    nsd: float
+    tolerance: str
+    hd95: float | None = None
+    dsc_unprompted: float | None = None
+
+
+def asked_of(mask: np.ndarray, name: str, number: int, spec: SetSpec) -> Asked:
+    """How the truth (H, W) of an object is shown on a slice."""
+    (one,) = shown({name: mask}, number, "points" if spec.prompt == "point" else spec.prompt)
+    if one.box is None or not spec.margin:
+        return one
+    x0, y0, x1, y1 = one.box
+    height, width = mask.shape
+    low = max(x0 - spec.margin, 0), max(y0 - spec.margin, 0)
+    return replace(one, box=(*low, min(x1 + spec.margin, width - 1), min(y1 + spec.margin, height - 1)))
+
+
+@torch.no_grad()
+def answer_image(
+    model: SegmentationModel, image: Tensor, asked: Sequence[Asked], at_once: int, precision: Precision
+) -> np.ndarray:
+    """Answer M prompts about an image (C, H, W), which is encoded once: (M, H, W) bool."""
+    device, size = next(model.parameters()).device, (int(image.shape[1]), int(image.shape[2]))
+    masks = np.zeros((len(asked), *size), bool)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        features = model.encode(model.preprocessing.images([image], device))
+        for start in range(0, len(asked), at_once):
+            for prompts in prompts_of(asked[start : start + at_once], model.preprocessing, size):
+                assert prompts.rows is not None
+                one = replace(prompts, image_index=torch.zeros_like(prompts.image_index)).to(device)
+                logits, _ = model.decode(features, one)
+                native = model.preprocessing.to_native(logits[:, 0], *size) > 0
+                masks[start + prompts.rows.numpy()] = native.cpu().numpy()
+    return masks
+
+
+def follow(
+    model: SegmentationModel,
+    part: Part,
+    asked: Sequence[Asked],
+    initial: SegmentationModel | None,
+    at_once: int,
+    precision: Precision,
+) -> list[list[dict[str, object]]]:
+    """Follow M objects through the slices of a part: for each its D masks, as COCO's run lengths."""
+    found: list[list[dict[str, object]]] = [[{}] * len(part) for _ in asked]
+    for number, masks, _ in propagate(model, part, asked, initial=initial, at_once=at_once, precision=precision):
+        for row, mask in enumerate(masks):
+            found[row][number] = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return found
+
+
+def dense(slices: Sequence[dict[str, object]]) -> np.ndarray:
+    """Run lengths of D slices as (D, H, W) bool."""
+    decoded: np.ndarray = coco_mask.decode(list(slices))
+    return np.ascontiguousarray(decoded.transpose(2, 0, 1)).astype(bool)
+
+
+def score_image(prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, float] | None, spec: SetSpec) -> Score:
+    """Score a mask (H, W) bool; the spacing of rows and columns is None where it is not known."""
+    steps = spacing if spec.unit == "mm" else None
+    surface = nsd(prediction, truth, spec.tolerance, steps or (1.0, 1.0))
+    return Score(dice(prediction, truth), surface, _tolerance(spec, steps))
+
+
+def score_sequence(prediction: np.ndarray, truth: np.ndarray, part: Part, thing: Thing, spec: SetSpec) -> Score:
+    """Score an object (D, H, W) bool in a volume, in three dimensions, or in a video, frame by frame."""
+    place = thing.shown - thing.first
+    if spec.kind == "video":
+        steps = part.whole.flat_spacing if spec.unit == "mm" else None
+        pairs = zip(prediction, truth, strict=True)
+        surface = [nsd(one, other, spec.tolerance, steps or (1.0, 1.0)) for one, other in pairs]
+        dsc = slice_dsc(prediction, truth)
+        others = float(np.delete(dsc, place).mean())
+        return Score(float(dsc.mean()), float(np.mean(surface)), _tolerance(spec, steps), None, others)
+    found = volume_scores(prediction, truth, part.spacing if spec.unit == "mm" else None, spec.tolerance)
+    rest = dice(np.delete(prediction, place, 0), np.delete(truth, place, 0))
+    return Score(found.dsc, found.nsd, found.tolerance, found.hd95, rest)
+
+
+def _tolerance(spec: SetSpec, steps: tuple[float, float] | None) -> str:
+    return f"{spec.tolerance:g} {'px' if steps is None else 'mm'}"

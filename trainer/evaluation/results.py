@@ -1,0 +1,72 @@
+"""What an evaluation leaves in its folder besides its rows: summary and page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.evaluation import page, tables, text
+from trainer.evaluation.protocol import COPY
+from trainer.evaluation.run import Evaluation, Job
+from trainer.evaluation.tables import Line, Section
+from trainer.report.panels import load_panels
+from trainer.run import write_json
+
+
+def write_results(evaluation: Evaluation) -> list[Section]:
+    """Write ``summary.json``, ``summary.md`` and ``report.html``.
+
+    Returns:
+        The sections of the tables.
+
+    Raises:
+        UserError: A picture cannot be read.
+        OSError: The folder cannot be written.
+    """
+    loaded, out = evaluation.loaded, evaluation.out
+    sections = sections_of(evaluation)
+    left_out = [(one.spec.title, case, term) for one in evaluation.selected for case, term in one.left_out]
+    head = {"protocol": str(loaded.path), "question": loaded.question, "caveat": loaded.caveat}
+    write_json(out / "summary.json", head | tables.summary(sections, left_out))
+    name = loaded.path.stem
+    _write(out / "summary.md", text.markdown(name, loaded.question, sections, left_out))
+    written = loaded.path.read_text(encoding="utf-8")
+    found = page.render(name, loaded.question, loaded.caveat, sections, _figures(evaluation), left_out, written)
+    _write(out / "report.html", found)
+    return sections
+
+
+def sections_of(evaluation: Evaluation) -> list[Section]:
+    """Sets that are asked in one way together, in the order of the protocol."""
+    groups: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    for one in evaluation.selected:
+        spec = one.spec
+        groups.setdefault((spec.kind, spec.prompt, tuple(spec.initials)), []).append(spec.title)
+    return [
+        tables.section_of(kind, prompt, sets, _lines(evaluation.jobs, kind, sets), evaluation.table.rows)
+        for (kind, prompt, _), sets in groups.items()
+    ]
+
+
+def _lines(jobs: list[Job], kind: str, sets: list[str]) -> list[Line]:
+    """Models first, then the repetitions of their first masks."""
+    mine = [job for job in jobs if job.selected.spec.kind == kind and job.selected.spec.title in sets]
+    copies = [(COPY, job.copy_of) for job in mine if job.initial]
+    return list(dict.fromkeys([*((job.model, job.initial) for job in mine), *copies]))
+
+
+def _figures(evaluation: Evaluation) -> list[page.Figure]:
+    figures: list[page.Figure] = []
+    for one in evaluation.selected:
+        jobs = [job for job in evaluation.jobs if job.selected is one]
+        for thing in one.pictures:
+            paths = [(tables.label((job.model, job.initial)), evaluation.panel(job, thing)) for job in jobs]
+            sides = [(who, load_panels(path)[0]) for who, path in paths if path.is_file()]
+            figures.append((one.spec.title, sides))
+    return figures
+
+
+def _write(path: Path, content: str) -> None:
+    """Write a text, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(path)
