@@ -26,7 +26,7 @@ def recompute_layers(encoder: nn.Module) -> None:
 def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
     """Compute each of some blocks a second time in the backward pass, in training."""
     for block in blocks:
-        block.forward = _Recomputed(block, block.forward)  # type: ignore[method-assign]
+        block.forward = _Recomputed(block, block.forward)
 
 
 class _Recomputed:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data_shards.batch import TripletBatch
 from trainer.models import Preprocessing
-from trainer.prompts import Truth
+from trainer.prompts import Prompts, Truth
 
 NOWHERE = 2**20
 """Stands for the number of a target that is not there, where something random depends on it."""
@@ -133,3 +134,21 @@ def with_absences(batch: TripletBatch) -> TripletBatch:
     ]
     index = torch.tensor([image for image, _ in gone], dtype=torch.int64)
     return replace(batch, absent_terms=[term for _, term in gone], absent_index=index)
+
+
+NUMBERS = 2**32
+"""More than the objects of a clip."""
+
+
+def rows_of(prompts: Prompts, rows: Tensor) -> Tensor:
+    """The batch's targets that prompts ask about, from the rows of their group."""
+    return rows if prompts.rows is None else rows[prompts.rows]
+
+
+def smaller(masks: Tensor, side: int) -> Tensor:
+    """Masks (Q, S, S) of 0 and 1 on a coarser grid: the nearest pixel, and what would be gone keeps one."""
+    if masks.shape[-1] == side:
+        return masks
+    near = F.interpolate(masks[:, None], (side, side), mode="nearest-exact")[:, 0]
+    any_of = F.adaptive_max_pool2d(masks[:, None], side)[:, 0]
+    return torch.where(near.flatten(1).amax(1)[:, None, None] > 0, near, any_of)

@@ -23,7 +23,7 @@ from trainer.metrics import overlap
 from trainer.models import SegmentationModel
 from trainer.modules.answering import AnsweringModule
 from trainer.modules.augmentation import ClipAugmentation
-from trainer.modules.clips import Followed, clip_draws, followed, with_absences
+from trainer.modules.clips import NUMBERS, Followed, clip_draws, followed, rows_of, smaller, with_absences
 from trainer.modules.medsam import per_image_mean
 from trainer.modules.optimization import RateSchedule, Schedule
 from trainer.modules.scoring import Prediction
@@ -303,7 +303,7 @@ class SAM2Module(AnsweringModule):
             group = everything.subset(mine) if len(mine) < len(everything) else everything
             first = self.prompts.first(group.truth(anchor), epoch)
             if asked is not None:
-                asked += [replace(some, rows=_rows(some, group.rows[anchor])) for some in first]
+                asked += [replace(some, rows=rows_of(some, group.rows[anchor])) for some in first]
             yield group, *self._follow_group(features, group, anchor, corrected, epoch, first)
 
     def _corrected(self, batch: TripletBatch, clip: int, anchor: int, epoch: int | None) -> tuple[int, ...]:
@@ -360,7 +360,7 @@ class SAM2Module(AnsweringModule):
         if not self.training:
             return {"loss": look.presence.detach()}
         if self.loss_at == "decoder":
-            truth = _smaller(truth, look.best.shape[-1])
+            truth = smaller(truth, look.best.shape[-1])
         if isinstance(self.loss, BestMaskLoss):
             return dict(self.loss(look.logits, look.ious, look.presence, truth))
         there = truth.flatten(1).amax(1)
@@ -375,27 +375,9 @@ class SAM2Module(AnsweringModule):
             for frame, look in looks.items():
                 if frame == anchor and len(looks) > 1:
                     continue
-                truth = _smaller(group.masks[frame], look.best.shape[-1])
+                truth = smaller(group.masks[frame], look.best.shape[-1])
                 dsc, _ = overlap(look.best.detach() > 0, truth)
                 there = truth.flatten(1).amax(1)
                 values.append(dsc * there)
                 weights.append(there)
         return torch.cat(values).sum() / torch.cat(weights).sum().clamp(min=1)
-
-
-NUMBERS = 2**32
-"""More than the objects of a clip."""
-
-
-def _rows(prompts: Prompts, rows: Tensor) -> Tensor:
-    """The batch's targets that prompts ask about, from the rows of their group."""
-    return rows if prompts.rows is None else rows[prompts.rows]
-
-
-def _smaller(masks: Tensor, side: int) -> Tensor:
-    """Masks (Q, S, S) of 0 and 1 on a coarser grid: the nearest pixel, and what would be gone keeps one."""
-    if masks.shape[-1] == side:
-        return masks
-    near = torch.nn.functional.interpolate(masks[:, None], (side, side), mode="nearest-exact")[:, 0]
-    any_of = torch.nn.functional.adaptive_max_pool2d(masks[:, None], side)[:, 0]
-    return torch.where(near.flatten(1).amax(1)[:, None, None] > 0, near, any_of)
