@@ -18,7 +18,7 @@ from sam2.modeling.position_encoding import PositionEmbeddingSine
 from sam2.modeling.sam.transformer import RoPEAttention
 from sam2.modeling.sam2_base import SAM2Base
 from sam2.modeling.sam2_utils import get_1d_sine_pe
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from trainer.models.base import SegmentationModel
@@ -32,6 +32,8 @@ from trainer.prompts import Prompts
 
 ORIGINAL_SIZE = 1024
 """Input side that the released weights were trained at, in pixels."""
+PRESENT = 3.0
+"""Logit of an object's being there that random weights begin with."""
 SUREST = 32.0
 """Largest logit of a mask that is given back as a prompt."""
 
@@ -90,7 +92,7 @@ class SAM2(SegmentationModel, SAM2Base):
         image_size: Input side S in pixels, a multiple of 32. The released weights were trained at 1024, MedSAM2 at 512;
             no weight depends on it.
         weights: A hub name (``facebook/sam2.1-hiera-tiny``), the original ``.pt``, or what transformers wrote; null is
-            random.
+            random, and objects are held to be there at first: absent ones would teach no masks.
         weights_sha256: What the weights file must hash to, in hexadecimal; optional.
         scaling: How an image is scaled: ``mean_std`` is Meta's, ``zscore`` takes each image's own mean and deviation.
         memory: Which memories a frame is told; those of the frames just before by default, as in SAM2.
@@ -138,6 +140,7 @@ class SAM2(SegmentationModel, SAM2Base):
         with torch.device("cpu"), mock.patch("torch.cuda.is_available", return_value=False):
             parts = image_encoder(shape, drop_path), memory_attention(shape, image_size, dropout)
             SAM2Base.__init__(self, *parts, memory_encoder(shape), **composition(shape, image_size, postprocessing))
+            nn.init.constant_(self.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, PRESENT)
         self.no_mem_pos_enc.requires_grad_(False)
         self.shape, self.memory = shape, memory or RecentMemory()
         self.preprocessing = Preprocessing(image_size, resize="squash", scaling=scaling)
