@@ -21,7 +21,18 @@ from data_shards.sampler import EvenSampler, GlobalOrderSampler
 from data_shards.seed import run_seed
 from data_shards.splits import EXTERNAL
 from data_shards.stores.urls import as_url
-from data_shards.views import Anchor, ClipView, Kinds, OnDamage, SampleView, clip_starts, clips_end_to_end, with_target
+from data_shards.views import (
+    Anchor,
+    ClipView,
+    Kinds,
+    OnDamage,
+    SampleView,
+    clip,
+    clip_starts,
+    clips_end_to_end,
+    longest_volume,
+    with_target,
+)
 
 
 class TripletDataModule(LightningDataModule):
@@ -258,7 +269,7 @@ class TripletDataModule(LightningDataModule):
         else:
             return None
         if not chosen.any():
-            raise UserError(f"data.init_args.train: {self.folders['train']} has no {what}")
+            raise UserError(f"data.init_args.train: {self.folders['train']} has no {what}{self._too_short(index)}")
         return None if chosen.all() else chosen
 
     def _open(self, split: str, folder: str) -> ShardDataset:
@@ -275,6 +286,28 @@ class TripletDataModule(LightningDataModule):
         which = {"ends": "first or last"}.get(self.clip_anchor, self.clip_anchor)
         return f"clip of {self.clip_length} slices whose {which} has a semantic target"
 
+    def _too_short(self, index: Index) -> str:
+        """What to do where no volume has as many slices as a clip."""
+        needed, most = (self.clip_length - 1) * self.clip_step + 1, longest_volume(index)
+        if self.clip_length == 1 or most >= needed:
+            return ""
+        if most == 1:
+            return ": no sample has a neighbour: build shards of volumes with `slices: {keep: all}`"
+        return f": a clip spans {needed} slices, and no volume has more than {most} in a row: lower clip_length"
+
+    def _say_what_is_not_scored(self, split: str, starts: np.ndarray) -> None:
+        """Name what lies in no clip of an evaluation: nothing is left out in silence."""
+        index = self.shards[split].index
+        outside = with_target(index, "semantic")
+        for start in starts.tolist():
+            outside[clip(index, start, self.clip_length, self.clip_step)] = False
+        if outside.any() and self._rank()[0] == 0:
+            counts = f"{int(outside.sum()):,} of {len(index):,} samples"
+            print(
+                f"data.init_args.{split}: {counts} have a target and lie in no whole clip: they are not scored",
+                file=sys.stderr,
+            )
+
     def _evaluation(self, split: str) -> TripletLoader:
         shards, draw = self.shards[split], (None, self.seed)
         negatives, damage, hard = self.evaluated_negatives, self.on_damage, self.hard_negatives
@@ -282,7 +315,9 @@ class TripletDataModule(LightningDataModule):
             clips = (self.clip_length, self.clip_step)
             starts = clips_end_to_end(shards.index, clip_starts(shards.index, *clips, self.clip_anchor), *clips)
             if not len(starts):
-                raise UserError(f"data.init_args.{split}: {self.folders[split]} has no {self._clip}")
+                short = self._too_short(shards.index)
+                raise UserError(f"data.init_args.{split}: {self.folders[split]} has no {self._clip}{short}")
+            self._say_what_is_not_scored(split, starts)
             view: SampleView = ClipView(shards, *clips, *draw, negatives, damage, hard, self.clip_anchor, starts)
         else:
             view = SampleView(shards, *draw, self.kinds, negatives, damage, hard)

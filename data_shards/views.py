@@ -58,6 +58,10 @@ class SampleView(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.shards)
 
+    def scored(self, draws: int) -> np.ndarray:
+        """Positions of the samples with something to score in an evaluation's first `draws` draws, ascending."""
+        return np.flatnonzero(with_target(self.shards.index, self.kinds)[:draws])
+
     def __getitem__(self, draw: Draw | tuple[int, int]) -> Item:
         """Read what was drawn.
 
@@ -78,7 +82,7 @@ class SampleView(Dataset[Item]):
         return draw.position
 
     def _read(self, draw: Draw) -> Sample | tuple[Sample, ...]:
-        triplet = self.shards[draw.position]
+        triplet = self._triplet(draw.position)
         candidates = [number for number, target in enumerate(triplet.targets) if self.kinds in ("all", target.kind)]
         return Sample(
             position=draw.position,
@@ -87,6 +91,21 @@ class SampleView(Dataset[Item]):
             repeat=draw.repeat,
             absent=self._negatives([triplet], draw),
         )
+
+    def _triplet(self, position: int) -> Triplet:
+        """Read a sample whose image has a value everywhere.
+
+        Raises:
+            DamageError: It holds NaN or infinity, from which nothing is learnt and every prediction is empty.
+        """
+        triplet = self.shards[position]
+        if np.issubdtype(triplet.image.dtype, np.floating) and not np.isfinite(triplet.image).all():
+            where = f"{self.shards.shard(position)}: sample '{triplet.key}'"
+            raise DamageError(
+                f"{where}: its image holds NaN or infinity: repair it and build the shards anew, or set "
+                "data.init_args.on_damage to skip"
+            )
+        return triplet
 
     def _draw(self, candidates: Sequence[int], draw: Draw) -> tuple[int, ...]:
         """Draw as many of the candidates as are wanted, in their order."""
@@ -158,13 +177,26 @@ class ClipView(SampleView):
     def __len__(self) -> int:
         return len(self.shards) if self.starts is None else len(self.starts)
 
+    def scored(self, draws: int) -> np.ndarray:
+        """Positions of the slices that show what their clip's anchor shows, in the first `draws` clips, ascending."""
+        index, found = self.shards.index, []
+        starts = np.arange(len(index)) if self.starts is None else self.starts
+        for start in starts[:draws].tolist():
+            places = clip(index, start, self.frames, self.step)
+            terms = [_semantic_terms(index, place) for place in places]
+            ends = anchor_frames(self.anchor, self.frames)
+            anchor = next((frame for frame in ends if terms[frame]), ends[0])
+            shown = (n != anchor and bool(terms[n] & terms[anchor]) for n in range(self.frames))
+            found += [place for place, wanted in zip(places, shown, strict=True) if wanted]
+        return np.array(sorted(found), dtype=np.int64)
+
     def _position(self, draw: Draw) -> int:
         return draw.position if self.starts is None else int(self.starts[draw.position])
 
     def _read(self, draw: Draw) -> tuple[Sample, ...]:
         number, draw = draw.position, draw._replace(position=self._position(draw))
         places = clip(self.shards.index, draw.position, self.frames, self.step)
-        triplets = [self.shards[place] for place in places]
+        triplets = [self._triplet(place) for place in places]
         anchor = self._anchor(triplets, draw)
         shown = [place for place, target in enumerate(triplets[anchor].targets) if target.kind == "semantic"]
         terms = [triplets[anchor].targets[place].term for place in self._draw(shown, draw)]
@@ -213,6 +245,12 @@ def terms_shown(index: Index) -> list[frozenset[str]]:
     return [frozenset(index.terms[row].tolist()) for row in shown]
 
 
+def _semantic_terms(index: Index, position: int) -> set[int]:
+    """Numbers of the terms that a sample has a semantic target of."""
+    mine = slice(index.target_start[position], index.target_start[position + 1])
+    return set(index.target_term[mine][index.target_kind[mine] == KINDS.index("semantic")].tolist())
+
+
 def with_target(index: Index, kinds: Kinds) -> np.ndarray:
     """Return which samples have a target of some kind: (N,) bool."""
     if kinds == "all":
@@ -250,6 +288,15 @@ def clips_end_to_end(index: Index, starts: np.ndarray, frames: int, step: int) -
                     chosen.append(position)
             position = int(index.following[position])
     return np.array(chosen, dtype=np.int64)
+
+
+def longest_volume(index: Index) -> int:
+    """Return the most neighbouring slices in a row that any volume has; 1 without neighbours."""
+    place, length = np.arange(len(index)), 0
+    while len(place) and length < len(index):
+        place, length = index.following[place], length + 1
+        place = place[place >= 0]
+    return length
 
 
 def clip_starts(index: Index, frames: int, step: int, anchor: Anchor = "first") -> np.ndarray:

@@ -33,7 +33,7 @@ from trainer.callbacks import (
 )
 from trainer.callbacks.ema import EvaluateAverage, check_average
 from trainer.modules.optimization import check_clipping
-from trainer.recipe import check_class, check_content, check_recipe, explain, flat, names_something_in
+from trainer.recipe import changes, check_class, check_content, check_recipe, explain, names_something_in
 from trainer.restore import Weights, average_of, check_fit, find_checkpoint, read_checkpoint
 from trainer.run import Run
 
@@ -217,12 +217,15 @@ class RecipeCLI(LightningCLI):
             before.recipe.read_text(),
             self._parser(self.subcommand).dump(config, skip_none=False, format="yaml"),
         )
-        then, now = ({**flat(recipe), **_fixed_data(recipe)} for recipe in map(yaml.safe_load, recipes))
-        for key in sorted(then.keys() & now.keys()):
-            if fixes_a_training(key) and then[key] != now[key]:
+        then, now = map(yaml.safe_load, recipes)
+        data = [_fixed_data(recipe) for recipe in (then, now)]
+        changed = {key: both for key, *both in changes(then, now)}
+        changed |= {key: [data[0][key], data[1][key]] for key in data[0].keys() & data[1].keys()}
+        for key, (old, new) in sorted(changed.items()):
+            if fixes_a_training(key) and old != new:
                 raise UserError(
-                    f"cannot go on with another {key}: {then[key]} in {before.recipe}, now {now[key]}; set it back, or "
-                    "start in another trainer.default_root_dir"
+                    f"cannot go on with another {key}: {_shown(old)} in {before.recipe}, now {_shown(new)}; set it "
+                    "back, or start in another trainer.default_root_dir"
                 )
 
     def _refuse_to_overwrite(self) -> None:
@@ -298,6 +301,12 @@ def _fixed_data(recipe: dict[str, Any]) -> dict[str, Any]:
     """What decides on the samples of a step, by dotted key: mappings are one value, since null may take their place."""
     arguments = (recipe.get("data") or {}).get("init_args") or {}
     return {f"data.init_args.{name}": arguments[name] for name in _FIXED_DATA if name in arguments}
+
+
+def _shown(value: Any) -> str:
+    """A value of a recipe in a few words; of a class its name."""
+    text = str(value.get("class_path", value) if isinstance(value, dict) else value)
+    return text if len(text) < 80 else text[:79] + "…"
 
 
 def fixes_a_training(key: str) -> bool:

@@ -193,7 +193,8 @@ def _classes_of(home: str) -> list[str]:
     """Names of the classes of a module that a recipe can name."""
     module = importlib.import_module(home)
     names = getattr(module, "__all__", None) or _own_classes(module)
-    return [name for name in names if inspect.isclass(c := getattr(module, name)) and not inspect.isabstract(c)]
+    found = {name: _find(home, name, missing_packages=True) for name in names}
+    return [name for name, known in found.items() if known is not None and not inspect.isabstract(known)]
 
 
 def explain(message: str, keys: set[str], recipes: list[str]) -> str:
@@ -211,7 +212,7 @@ def explain(message: str, keys: set[str], recipes: list[str]) -> str:
     named = re.search(r'Parser key "([\w.]+)"', text)
     # of a union's complaints, wrapped in those of outer unions, the innermost and first says what is wrong
     text = text.rsplit("Errors: - ", 1)[-1].split(" - Expected a <class 'NoneType'>")[0]
-    text = text.split(" - unknown key ")[0].split(" Subclass types expect")[0]
+    text = text.split(" - unknown key ")[0].split(" Subclass types expect")[0].split(" Given value type: ")[0]
     text = re.sub(r"(?<=\S) - Not a valid subclass of .*", "", text)
     explained = re.search(r"(recipe \S+: )?key '[\w.]+': .*", text)
     if explained:
@@ -254,6 +255,10 @@ def _plain(text: str) -> str:
     for said, meant in _WORDS.items():
         text = text.replace(said, meant)
     named = re.search(r"Expected a dot import path string: ?(\S*)", text)
+    words = re.match(r"Expected a Literal\[(.*?)\] - ", text)
+    if named and words:  # one of some words, or else a class
+        given, known = named.group(1), words.group(1).replace("'", "").split(", ")
+        return f"there is no '{given}'{nearest(given, known)}"
     if named:
         return f"there is no class '{named.group(1)}'{nearest_class(named.group(1))}"
     return text
@@ -290,6 +295,20 @@ def flat(node: Any, key: str = "") -> dict[str, Any]:
     return found
 
 
+def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two recipes, by dotted key; what one of them alone names is of another release."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        pairs = [(str(name), old[name], new[name]) for name in old if name in new]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(number), *both) for number, both in enumerate(zip(old, new, strict=True))]
+    else:
+        if old != new:
+            yield key, old, new
+        return
+    for name, *both in pairs:
+        yield from changes(*both, f"{key}.{name}" if key else name)
+
+
 def dotted_keys(node: Any, key: str = "") -> Iterator[str]:
     """Every key of a recipe at any depth, dotted; what is inside of a list is a value."""
     if isinstance(node, Mapping):
@@ -311,11 +330,19 @@ def _classes(node: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]
             yield from _classes(child, f"{key}[{index}]")
 
 
-def _find(module_name: str, name: str) -> Any:
-    """The class, or None; only modules that exist below an allowed package are imported."""
+def _find(module_name: str, name: str, missing_packages: bool = False) -> Any:
+    """The class, or None; only modules that exist below an allowed package are imported.
+
+    Raises:
+        UserError: It needs a package that is not installed, unless that is no matter.
+    """
     try:
         found = getattr(importlib.import_module(module_name), name, None)
     except ModuleNotFoundError:
+        return None
+    except UserError:
+        if not missing_packages:
+            raise
         return None
     return found if inspect.isclass(found) else None
 

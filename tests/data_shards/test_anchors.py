@@ -146,3 +146,22 @@ def test_an_anchor_survives_the_way_out_of_a_worker(folder: Path) -> None:
     copied = pickle.loads(pickle.dumps(batch))
     assert (copied.anchors, copied.numbers) == (batch.anchors, batch.numbers) and copied.anchors == [1]
     assert replace(copied).frames == 3
+
+
+@pytest.mark.parametrize("anchor", ["first", "middle", "last", "ends"])
+def test_what_an_evaluation_scores_is_told_before_it_is_read(folder: Path, anchor: str) -> None:
+    """Pictures are chosen from it: from all clips, and none of what is prompted."""
+    module = TripletDataModule(test=str(folder), clip_length=3, clip_anchor=anchor, micro_batch_size=1)  # type: ignore[arg-type]
+    module.setup("test")
+    loader = module.test_dataloader()
+    for draws in (1, len(loader)):
+        expected = set()
+        for batch in list(loader)[:draws]:
+            shown = {(image, term) for image, term in zip(batch.image_index.tolist(), batch.terms, strict=True)}
+            terms = {term for image, term in shown if image == batch.anchors[0]}
+            expected |= {batch.positions[i] for i, term in shown if i != batch.anchors[0] and term in terms}
+        assert loader.dataset.scored(draws).tolist() == sorted(expected)
+    single = TripletDataModule(test=str(folder))
+    single.setup("test")
+    view = single.test_dataloader().dataset
+    assert view.scored(5).tolist() == [place for place in view.scored(13).tolist() if place < 5]

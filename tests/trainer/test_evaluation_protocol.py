@@ -349,6 +349,57 @@ def test_what_is_done_is_not_computed_again(evaluated, stubs, tmp_path) -> None:
     assert list(stubs) == ["Bright"], "pictures that are gone are made again"
 
 
+def objects_of(path: Path) -> list[int]:
+    """Number of objects in each section of the tables, as both the summary and the Markdown have it."""
+    counts = [section["objects"] for section in json.loads((path / "summary.json").read_text())["sections"]]
+    for name in ("summary.md", "report.html"):
+        found = re.findall(r": (\d+) objects?, the same for all", (path / name).read_text())
+        assert [int(count) for count in found] == counts, name
+    return counts
+
+
+def test_tables_are_of_what_is_asked_for_now(evaluated, stubs, tmp_path) -> None:
+    out = tmp_path / "out"
+    images, volumes = {"name": "i", "kind": "2d"}, {"name": "v", "kind": "3d"}
+    first = evaluated([images, volumes], pictures=0)
+    assert objects_of(out) == [3 * (6 + 3 + 1), 3 * 2]
+    stubs.clear()
+    assert evaluated([{**images, "terms": ["dark"]}, {**volumes, "terms": ["dark"]}], pictures=0) == first, (
+        "kept for later"
+    )
+    assert objects_of(out) == [3 * 3, 3]
+    line = json.loads((out / "summary.json").read_text())["sections"][1]["lines"][0]
+    assert line["scores"]["all"]["dsc"]["n"] == 3
+    assert evaluated([{**images, "limit": 2}, volumes], "--limit", 1, pictures=0) == first
+    assert objects_of(out)[1] == 2, "one volume"
+    assert 1 <= objects_of(out)[0] <= 3, "one image"
+    assert stubs == {}, "nothing was computed"
+    assert evaluated([images, volumes], pictures=0) == first
+    assert objects_of(out) == [30, 6]
+
+
+def test_rows_of_other_versions_are_left_aside(shards, tmp_path, stubs, trainer_command, monkeypatch) -> None:
+    path = write(tmp_path / "p.yaml", [{"folder": str(shards), "kind": "2d", "limit": 2}])
+    command = ("evaluate", path, "--out", tmp_path / "out", "--device", "cpu")
+    assert "left aside" not in trainer_command(*command)[1]
+    before = read(tmp_path / "out/per_case.csv")
+    stubs.clear()
+    assert "left aside" not in trainer_command(*command)[1] and stubs == {}
+    monkeypatch.setattr(sources, "versions", lambda: {"torch": "99.0"})
+    (line,) = [line for line in trainer_command(*command)[1].splitlines() if "left aside" in line]
+    assert f"per_case.csv: {len(before)} earlier rows left aside: {len(before)} computed with other versions of" in line
+    assert list(stubs) == ["Bright"]
+    after = read(tmp_path / "out/per_case.csv")
+    assert len(after) == len(before), "old ones do not stand beside new ones"
+    assert {row.made_by for row in after}.isdisjoint(row.made_by for row in before)
+    write(path, [{"folder": str(shards), "kind": "2d", "limit": 2, "margin": 1}])
+    assert f"{len(before)} of another model, other data or other settings" in trainer_command(*command)[1]
+    write(path, [{"folder": str(shards), "kind": "2d", "limit": 2, "margin": 1}], names=("Dark",))
+    assert f"{len(before)} of models, sets or first masks that the protocol does" in trainer_command(*command)[1]
+    monkeypatch.setattr(sources, "__version__", "99.0")
+    assert f"{len(before)} computed with other versions" in trainer_command(*command)[1]
+
+
 def test_one_kind_and_a_few_cases(evaluated) -> None:
     sets = [{"name": "i", "kind": "2d"}, {"name": "v", "kind": "3d"}]
     rows = evaluated(sets, "--only", "3d", "--limit", 1)

@@ -9,7 +9,6 @@ from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
 from data_shards.loader import TripletLoader
 from data_shards.sampler import EvenSampler
-from data_shards.views import with_target
 from trainer.modules.scoring import Prediction
 from trainer.ranks import every_rank
 from trainer.report.panels import Panel
@@ -26,9 +25,9 @@ def spread_samples(loader: TripletLoader, batches: int | float, count: int) -> l
         count: How many samples are wanted; all where there are fewer.
     """
     view, sampler = loader.dataset, loader.sampler
-    fits = np.flatnonzero(with_target(view.shards.index, view.kinds))
-    if isinstance(sampler, EvenSampler):
-        fits = fits[fits < batches * sampler.micro_batch * sampler.world]
+    whole = isinstance(sampler, EvenSampler)
+    draws = min(len(view), batches * sampler.micro_batch * sampler.world) if whole else len(view)
+    fits = view.scored(int(draws))
     places = np.linspace(0, len(fits) - 1, min(len(fits), count)).round().astype(int)
     return [int(position) for position in fits[places]]
 

@@ -17,7 +17,8 @@ that are followed from the first frame.
 
 The folder gets per_case.csv (a row for each object, model and first mask), summary.json, summary.md and report.html.
 A command that was stopped goes on where it was: what has its row is not computed again, as long as its model, data and
-settings are the same. One volume of your own is scored with `trainer evaluate --volume --help`.
+settings, and the versions of what computes it, are the same; the tables are of the cases that the command asks for.
+One volume of your own is scored with `trainer evaluate --volume --help`.
 """
 
 
@@ -42,6 +43,8 @@ def evaluate_command(arguments: list[str]) -> int:
     from trainer.segment.loading import device_of
 
     evaluation = prepare(loaded, out, values.only, values.limit, device_of(values.device))
+    if evaluation.left_aside:
+        print(f"{out / 'per_case.csv'}: {evaluation.left_aside}")
     computed = evaluation.run()
     try:
         sections = write_results(evaluation)

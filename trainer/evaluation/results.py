@@ -36,13 +36,16 @@ def write_results(evaluation: Evaluation) -> list[Section]:
 
 
 def sections_of(evaluation: Evaluation) -> list[Section]:
-    """Sets that are asked in one way together, in the order of the protocol."""
+    """Sets that are asked in one way together, in the order of the protocol: the cases that this call asks for."""
     groups: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    wanted = set()
     for one in evaluation.selected:
         spec = one.spec
         groups.setdefault((spec.kind, spec.prompt, tuple(spec.initials)), []).append(spec.title)
+        wanted |= {(spec.kind, spec.title, *thing) for thing in one.objects}
+    rows = [row for row in evaluation.table.rows if (row.kind, *row.place) in wanted]
     return [
-        tables.section_of(kind, prompt, sets, _lines(evaluation.jobs, kind, sets), evaluation.table.rows)
+        tables.section_of(kind, prompt, sets, _lines(evaluation.jobs, kind, sets), rows)
         for (kind, prompt, _), sets in groups.items()
     ]
 

@@ -40,7 +40,8 @@ class Row:
         dsc_unprompted: Dice over all slices but the one that was shown; None for images.
         tolerance: Largest distance that NSD forgives, with its unit.
         seconds: Share of the computing time, encoding included.
-        made_by: Stands for model, data and settings: rows that others made are not reused.
+        made_by: Stands for model, data and settings, and behind the dash for versions: rows that others made are not
+            reused.
     """
 
     model: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,8 @@ from trainer.evaluation.cases import (
 )
 from trainer.evaluation.protocol import COPY, DIRECT, OWN, TRUTH, Kind, Loaded, SetSpec, fingerprint
 from trainer.evaluation.rows import Place, Row, Table, read
-from trainer.evaluation.sources import Models
+from trainer.evaluation.sources import Models, computed_by
+from trainer.evaluation.text import left_aside_note
 from trainer.report.panels import Panel, save_panels
 from trainer.volumes.asked import Asked
 
@@ -66,6 +67,17 @@ class Selected:
         """Number of images, volumes or videos."""
         return len(self.images) + len(self.sequences)
 
+    @property
+    def objects(self) -> set[Object]:
+        """What is asked for in these cases."""
+        found = {(case.key, thing.term, -1) for case, things in self.sequences for thing in things}
+        return found | {one for image in self.images for one in self.in_image(image)}
+
+    def in_image(self, image: ImageCase) -> list[Object]:
+        """What is asked for in an image."""
+        targets = self.shards.index.targets(image.position)
+        return [(image.key, targets[place][0], place) for place in image.targets]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -75,7 +87,7 @@ class Job:
         selected: The set.
         model: Name of the model.
         initial: Who makes the first mask, by name; empty for images.
-        made_by: Stands for all that the answers depend on.
+        made_by: Stands for all that the answers depend on; behind the dash for the versions that compute them.
         copied_by: The same for the baseline, which depends on the first mask alone.
     """
 
@@ -101,7 +113,8 @@ class Evaluation:
         models: Its models.
         selected: Its sets.
         jobs: What there is to do.
-        table: Rows that count.
+        table: Rows that count; some may be of cases that this call does not ask for.
+        left_aside: How many earlier rows do not count, and why, in words; empty where all do.
     """
 
     loaded: Loaded
@@ -110,6 +123,7 @@ class Evaluation:
     selected: list[Selected]
     jobs: list[Job]
     table: Table
+    left_aside: str = ""
     _known: set[tuple[str, str, str, Place]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -154,8 +168,7 @@ class Evaluation:
     def _work(self, job: Job) -> Iterator[Callable[[], list[Row]] | None]:
         """For each case what computes it; None where that is done."""
         for image in job.selected.images:
-            terms = [target[0] for target in job.selected.shards.index.targets(image.position)]
-            objects = [(image.key, terms[place], place) for place in image.targets]
+            objects = job.selected.in_image(image)
             yield None if self._done(job, objects) else lambda image=image: self._image(job, image)  # type: ignore[misc]
         for case, things in job.selected.sequences:
             objects = [(case.key, thing.term, -1) for thing in things]
@@ -259,8 +272,8 @@ def prepare(loaded: Loaded, out: Path, only: Kind | None, limit: int | None, dev
                 name = model if initial == OWN else initial
                 place = (one.spec.title, one.spec.kind, model, name)
                 jobs.setdefault(place, _job(one, model, name, identities, protocol.precision))
-    table = Table(out / "per_case.csv", _still_valid(loaded, out, identities, list(jobs.values())))
-    return Evaluation(loaded, out, models, chosen, list(jobs.values()), table)
+    kept, left_aside = _still_valid(loaded, out, list(jobs.values()))
+    return Evaluation(loaded, out, models, chosen, list(jobs.values()), Table(out / "per_case.csv", kept), left_aside)
 
 
 def _selected(spec: SetSpec, limit: int | None, pictures: int, where: str) -> Selected:
@@ -270,12 +283,8 @@ def _selected(spec: SetSpec, limit: int | None, pictures: int, where: str) -> Se
         shards = ShardDataset(spec.folder)
         if spec.kind == "2d":
             images = image_cases(shards.index, spec.terms, most)
-            objects = [
-                (image.key, shards.index.targets(image.position)[place][0], place)
-                for image in evenly(images, pictures)
-                for place in image.targets[:1]
-            ]
-            return Selected(spec, shards, images, [], objects, [])
+            found = Selected(spec, shards, images, [], [], [])
+            return replace(found, pictures=[found.in_image(image)[0] for image in evenly(images, pictures)])
         sequences, left_out = [], []
         for case in sequence_cases(shards.index, spec.terms, most):
             things, without = things_of(case, spec.kind, spec.extent == "volume")
@@ -294,7 +303,7 @@ def _selected(spec: SetSpec, limit: int | None, pictures: int, where: str) -> Se
 
 
 def _job(selected: Selected, model: str, initial: str, identities: dict[str, dict[str, object]], precision: str) -> Job:
-    """A job, with what its answers depend on; titles, limits and terms only say which cases are asked."""
+    """A job, with what its answers depend on; titles, limits and terms only say which cases are asked for."""
     spec = selected.spec
     asked = {
         "index": selected.shards.index.sha256,
@@ -302,17 +311,18 @@ def _job(selected: Selected, model: str, initial: str, identities: dict[str, dic
         "precision": precision,
     }
     first = identities.get(model if initial == DIRECT else initial, {})
+    with_them = fingerprint(computed_by())
     return Job(
         selected,
         model,
         initial,
-        made_by=fingerprint(asked, identities[model], first, {"direct": initial == DIRECT}),
-        copied_by=fingerprint(asked, COPY, first, {"direct": initial == DIRECT}),
+        made_by=f"{fingerprint(asked, identities[model], first, {'direct': initial == DIRECT})}-{with_them}",
+        copied_by=f"{fingerprint(asked, COPY, first, {'direct': initial == DIRECT})}-{with_them}",
     )
 
 
-def _still_valid(loaded: Loaded, out: Path, identities: dict[str, dict[str, object]], jobs: Sequence[Job]) -> list[Row]:
-    """Rows of an earlier evaluation that this protocol would make again."""
+def _still_valid(loaded: Loaded, out: Path, jobs: Sequence[Job]) -> tuple[list[Row], str]:
+    """Rows of an earlier evaluation that this protocol would make again, and why others are left aside."""
     known: dict[tuple[str, ...], str] = {}
     for job in jobs:
         place = (job.selected.spec.title, job.selected.spec.kind)
@@ -321,13 +331,19 @@ def _still_valid(loaded: Loaded, out: Path, identities: dict[str, dict[str, obje
     here = {(job.selected.spec.title, job.selected.spec.kind) for job in jobs}
     others = {(spec.title, spec.kind) for spec in loaded.protocol.sets} - here
     names = {*loaded.models, COPY}
-    kept = []
+    kept, older, changed, unasked = [], 0, 0, 0
     for row in read(out / "per_case.csv"):
-        mine = known.get((row.model, row.initial, row.set, row.kind)) == row.made_by
+        mine = known.get((row.model, row.initial, row.set, row.kind), "")
         # sets that this call leaves out, with --only, are checked when their turn comes
-        if mine or ((row.set, row.kind) in others and row.model in names):
+        if mine == row.made_by or ((row.set, row.kind) in others and row.model in names):
             kept.append(row)
-    return kept
+        elif not mine:
+            unasked += 1
+        elif mine.partition("-")[0] == row.made_by.partition("-")[0]:
+            older += 1
+        else:
+            changed += 1
+    return kept, left_aside_note(older, changed, unasked)
 
 
 def _row(

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import yaml
 
+from data_shards import __version__
 from data_shards.errors import UserError
+from trainer.callbacks.record import versions
 from trainer.evaluation.protocol import Loaded, ModelSpec
 from trainer.models import SegmentationModel
 from trainer.models.weights import sha256_of
@@ -18,6 +20,8 @@ from trainer.run import Run
 from trainer.segment.loading import load_recipe, load_run
 
 SAM3 = "trainer.models.SAM3"
+COMPUTING = ("torch", "transformers", "sam2")
+"""Distributions that answers depend on, beside this one."""
 
 
 class Models:
@@ -60,6 +64,12 @@ class Models:
         except UserError as error:
             raise UserError(f"{self._loaded.path}: models.{name}: {error}") from None
         return found
+
+
+def computed_by() -> dict[str, str | None]:
+    """Versions of what computes answers and scores."""
+    found = versions()
+    return {"sam-trainer": __version__, **{name: found.get(name) for name in COMPUTING}}
 
 
 def _make(spec: ModelSpec, device: torch.device, where: str) -> SegmentationModel:

@@ -86,6 +86,24 @@ def left_out_note(left_out: Sequence[tuple[str, str, str]]) -> str:
     return f"{count} {verb} left out, being in one slice alone: {shown}{more}."
 
 
+def left_aside_note(older: int, changed: int, unasked: int) -> str:
+    """Why rows of an earlier evaluation do not count; empty where all do.
+
+    Args:
+        older: Rows that other versions have computed.
+        changed: Rows of another model, of other data or of other settings.
+        unasked: Rows of what the protocol does not name.
+    """
+    reasons = (
+        (older, "computed with other versions of sam-trainer, torch, transformers or sam2"),
+        (changed, "of another model, other data or other settings"),
+        (unasked, "of models, sets or first masks that the protocol does not name"),
+    )
+    total = counted(older + changed + unasked, "earlier row")
+    why = "; ".join(f"{count:,} {words}" for count, words in reasons if count)
+    return f"{total} left aside: {why}" if why else ""
+
+
 def in_short(sections: Sequence[Section], left_out: Sequence[tuple[str, str, str]]) -> str:
     """The tables of the scores, for a terminal."""
     parts = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ class SegmentationModel(nn.Module, ABC):
     """Name of the image encoder."""
     patch_embedding: tuple[str, ...]
     """Names of the modules and parameters that make tokens of pixels, with their absolute positions."""
-    also_called: Mapping[str, str] = {}
+    also_called: ClassVar[Mapping[str, str]] = {}
     """Names of this family's parts by what other families call them: a tuning's defaults fit all."""
     fixed: tuple[str, ...] = ()
     """Names of parameters that never learn: buffers in the original, or such that no output depends on them."""

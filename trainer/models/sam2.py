@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from unittest import mock
 
 import torch
@@ -26,7 +26,7 @@ from trainer.models.preprocessing import Preprocessing
 from trainer.models.recomputing import recompute_blocks
 from trainer.models.sam2_memory import Memory, MemoryPolicy, RecentMemory
 from trainer.models.sam2_parts import composition, image_encoder, memory_attention, memory_encoder
-from trainer.models.sam2_shape import STRIDE, VARIANTS, SAM2Shape, Variant, check_sizes
+from trainer.models.sam2_shape import STRIDE, SAM2Shape, Variant, check_sizes, shape_of
 from trainer.models.weights import load_strictly, read_weights, source_of
 from trainer.prompts import Prompts
 
@@ -110,7 +110,7 @@ class SAM2(SegmentationModel, SAM2Base):
         "image_encoder.trunk.pos_embed",
         "image_encoder.trunk.pos_embed_window",
     )
-    also_called = {"prompt_encoder": "sam_prompt_encoder", "mask_decoder": "sam_mask_decoder"}
+    also_called: ClassVar = {"prompt_encoder": "sam_prompt_encoder", "mask_decoder": "sam_mask_decoder"}
     fixed = ("no_mem_pos_enc",)
 
     if TYPE_CHECKING:  # sam2 says nothing of its types
@@ -130,7 +130,7 @@ class SAM2(SegmentationModel, SAM2Base):
         drop_path: float = 0.0,
         checkpoint_activations: bool = False,
     ) -> None:
-        shape = VARIANTS[variant] if isinstance(variant, str) else variant
+        shape = shape_of(variant)
         check_sizes(shape, image_size)
         for name, share in (("dropout", dropout), ("drop_path", drop_path)):
             if not 0 <= share < 1:
@@ -248,7 +248,7 @@ class SAM2(SegmentationModel, SAM2Base):
         # the predictor keeps memories in bf16
         kept = encoded if self.training else encoded.to(torch.bfloat16)
         iou, embedding = look.ious.amax(1), features.top.mean((2, 3))
-        return Memory(frame, kept, positions[-1], look.pointer, look.presence, iou, embedding, prompted)
+        return Memory(frame, kept, positions[-1][:1], look.pointer, look.presence, iou, embedding, prompted)
 
     def recall(
         self,
@@ -267,19 +267,21 @@ class SAM2(SegmentationModel, SAM2Base):
         """
         keys, places = [], []
         for place, memory in memories:
-            keys.append(_flat(memory.features))
-            places.append(_flat(memory.positions) + self.maskmem_tpos_enc[self.num_maskmem - place - 1])
+            # under autocast not every mixture of types can be joined
+            keys.append(_flat(memory.features).to(features.top.dtype))
+            where = _flat(memory.positions.expand_as(memory.features))
+            places.append(where + self.maskmem_tpos_enc[self.num_maskmem - place - 1])
         tokens = 0
         if pointers:
             each, when = self._pointer_tokens(pointers, frames)
-            keys.append(each)
+            keys.append(each.to(features.top.dtype))
             places.append(when)
             tokens = len(each)
         current = features.top.expand(memories[0][1].features.shape[0], -1, -1, -1)
         found = self.memory_attention(
             curr=[_flat(current)],
             curr_pos=[_flat(features.positions.expand_as(current))],
-            memory=torch.cat(keys).to(current.dtype),
+            memory=torch.cat(keys),
             memory_pos=torch.cat(places),
             num_obj_ptr_tokens=tokens,
         )
@@ -318,9 +320,10 @@ class SAM2(SegmentationModel, SAM2Base):
 
     def at_size(self, image_size: int) -> SAM2:
         """A copy for another input side, with the same weights."""
-        copy = SAM2(self.shape, image_size, weights=None, **self._arguments)
-        copy.load_state_dict(self.state_dict())
-        return copy.to(next(self.parameters()).device).train(self.training)  # type: ignore[return-value]
+        with torch.inference_mode(False):  # what is made there could never learn
+            copy = SAM2(self.shape, image_size, weights=None, **self._arguments)
+            copy.load_state_dict(self.state_dict())
+            return copy.to(next(self.parameters()).device).train(self.training)  # type: ignore[return-value]
 
     def _apply(self, fn: Any, recurse: bool = True) -> SAM2:
         """Move, with what sam2 keeps in plain attributes.

@@ -20,7 +20,7 @@ class Memory:
     Attributes:
         frame: Its number.
         features: (Q, D, g, g) its features with the mask in them.
-        positions: (Q, D, g, g) where they are.
+        positions: (1, D, g, g) where they are, for every object.
         pointer: (Q, C) the decoder's token of each object.
         presence: (Q,) logits of the object's being there.
         iou: (Q,) IoU that the mask was predicted to have.

@@ -66,6 +66,18 @@ VARIANTS: dict[str, SAM2Shape] = {
 }
 
 
+def shape_of(variant: Variant | SAM2Shape) -> SAM2Shape:
+    """The shape that a recipe names.
+
+    Raises:
+        UserError: There is no such variant.
+    """
+    shape = VARIANTS.get(variant) if isinstance(variant, str) else variant
+    if not isinstance(shape, SAM2Shape):
+        raise UserError(f"variant {variant}: one of {', '.join(VARIANTS)}, or another shape, key by key")
+    return shape
+
+
 def check_sizes(shape: SAM2Shape, image_size: int) -> None:
     """Refuse sizes that no SAM2 can have.
 

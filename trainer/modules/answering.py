@@ -20,9 +20,11 @@ class AnsweringModule(TunedModule):
 
     Attributes:
         threshold: Confidence from which an answer counts.
+        asks_in_vain: Whether what is not there is asked for at all; nothing is noted otherwise.
     """
 
     threshold: float = 0.5
+    asks_in_vain: bool = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -32,7 +34,10 @@ class AnsweringModule(TunedModule):
     def evaluation_step(self, batch: TripletBatch) -> Prediction:
         """Score every term that is there, and note what was said to all that were asked for."""
         prediction = super().evaluation_step(batch)
-        self.answers += term_answers(batch, prediction, self.threshold)
+        if not self.asks_in_vain:
+            return prediction
+        scored = [self.counts(batch, row) for row in range(len(batch.masks))]
+        self.answers += term_answers(batch, prediction, self.threshold, scored)
         return prediction
 
     def gathered_answers(self) -> list[TermAnswer]:

@@ -50,7 +50,7 @@ class ClipAugmentation:
 
     def __post_init__(self) -> None:
         shares = (self.flip, self.invert, self.shift, self.contrast)
-        if not all(0 <= share <= 1 for share in shares) or self.brightness < 0:
+        if not all(0 <= share <= 1 for share in shares) or not 0 <= self.brightness < np.inf:
             raise UserError(
                 "ClipAugmentation: flip, invert, shift and contrast are in [0, 1], brightness is 0 or more, not "
                 f"{', '.join(map(str, (*shares, self.brightness)))}"

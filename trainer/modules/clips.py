@@ -5,15 +5,21 @@ Shapes: B clips, T frames of each, Q objects, S the model's input side, H W nati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data_shards.batch import TripletBatch
+from trainer.metrics import overlap
 from trainer.models import Preprocessing
 from trainer.prompts import Prompts, Truth
+
+if TYPE_CHECKING:
+    from trainer.models.sam2 import Look
 
 NOWHERE = 2**20
 """Stands for the number of a target that is not there, where something random depends on it."""
@@ -152,3 +158,19 @@ def smaller(masks: Tensor, side: int) -> Tensor:
     near = F.interpolate(masks[:, None], (side, side), mode="nearest-exact")[:, 0]
     any_of = F.adaptive_max_pool2d(masks[:, None], side)[:, 0]
     return torch.where(near.flatten(1).amax(1)[:, None, None] > 0, near, any_of)
+
+
+def found_dsc(groups: Sequence[tuple[Followed, dict[int, Look], Any]]) -> Tensor:
+    """Mean DSC of the last answers to the frames that were found (to the prompted one, of single images)."""
+    values, weights = [], []
+    for group, looks, _ in groups:
+        anchor = group.anchors[int(group.clip[0])]
+        for frame, look in looks.items():
+            if frame == anchor and len(looks) > 1:
+                continue
+            truth = smaller(group.masks[frame], look.best.shape[-1])
+            dsc, _ = overlap(look.best.detach() > 0, truth)
+            there = truth.flatten(1).amax(1)
+            values.append(dsc * there)
+            weights.append(there)
+    return torch.cat(values).sum() / torch.cat(weights).sum().clamp(min=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -63,13 +64,16 @@ def objects_of(
     )
 
 
-def term_answers(batch: TripletBatch, prediction: Prediction, threshold: float) -> list[tuple[int, TermAnswer]]:
+def term_answers(
+    batch: TripletBatch, prediction: Prediction, threshold: float, scored: Sequence[bool]
+) -> list[tuple[int, TermAnswer]]:
     """What was said to every term that was asked for, there or not, each with its sample's position.
 
     Args:
         batch: A batch in which each term of an image is one target.
         prediction: What the model says to its targets and absent terms.
         threshold: Confidence from which an answer counts.
+        scored: For each target whether it is scored: what was shown in a prompt is not found.
     """
     scores = prediction.scores.tolist()
     areas = [int(mask.sum()) if score >= threshold else 0 for mask, score in zip(prediction.masks, scores, strict=True)]
@@ -77,7 +81,7 @@ def term_answers(batch: TripletBatch, prediction: Prediction, threshold: float) 
     absent = (prediction.absent.tolist(), prediction.absent_areas.tolist())
     gone = zip(batch.absent_index.tolist(), batch.absent_terms, *absent, strict=True)
     found = []
-    for present, rows in ((True, there), (False, gone)):
+    for present, rows in ((True, compress(there, scored)), (False, gone)):
         for image, term, confidence, area in rows:
             origin = batch.provenances[image]
             answer = TermAnswer(

@@ -10,7 +10,6 @@ from math import inf
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from data_shards.batch import TripletBatch
@@ -115,14 +114,7 @@ class MedSAMModule(TunedModule):
                 prompt encoder that learns where all ranks wait for a gradient of all that does.
         """
         super().setup(stage)
-        strategy = self.trainer.strategy
-        if stage == "fit" and isinstance(strategy, DDPStrategy):
-            learns = [n for n, p in self.named_parameters() if p.requires_grad and ".prompt_encoder." in n]
-            if learns and not strategy._ddp_kwargs.get("find_unused_parameters"):
-                raise UserError(
-                    f"trainer.strategy: {learns[0]} learns, and a batch reaches only those parts of the prompt encoder "
-                    "that its prompts need: set it to ddp_find_unused_parameters_true, or freeze prompt_encoder"
-                )
+        self.refuse_unreached(stage, [".prompt_encoder."])
         datamodule = self.trainer.datamodule
         if stage == "fit":
             unused = {"clip_length": 1, "negatives_per_image": 0, "hard_negatives": False, "evaluated_negatives": 0}

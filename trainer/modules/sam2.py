@@ -7,27 +7,35 @@ Sources: Ravi et al. 2024 (SAM 2, arXiv:2408.00714); Ma et al. 2024 (arXiv:2408.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
 from data_shards.seed import run_seed, stream
 from trainer.losses import BestMaskLoss, DiceCrossEntropy, resize_logits
-from trainer.metrics import overlap
 from trainer.models import SegmentationModel
 from trainer.modules.answering import AnsweringModule
 from trainer.modules.augmentation import ClipAugmentation
-from trainer.modules.clips import NUMBERS, Followed, clip_draws, followed, rows_of, smaller, with_absences
+from trainer.modules.clicked import Clicked, gives_masks, made_up_click, not_given, only, patched, spread
+from trainer.modules.clips import (
+    NUMBERS,
+    Followed,
+    clip_draws,
+    followed,
+    found_dsc,
+    rows_of,
+    smaller,
+    with_absences,
+)
 from trainer.modules.medsam import per_image_mean
 from trainer.modules.optimization import RateSchedule, Schedule
 from trainer.modules.scoring import Prediction
-from trainer.prompts import BoxPrompts, Prompter, Prompts, prompts_of_targets
+from trainer.prompts import BoxPrompts, GivenMaskPrompts, Prompter, Prompts, prompts_of_targets
 from trainer.tuning import FullTuning, Tuning
 from trainer.tuning.base import Decay, freeze
 
@@ -55,7 +63,7 @@ class SAM2Module(AnsweringModule):
         memory: Learn from clips, through the memory; else from single images, and what belongs to the memory is frozen.
         tuning: What learns, and how fast; everything by default.
         prompts: What is asked of the anchor, simulated from the truth; boxes by default. Corrections, as `ClickPrompts`
-            makes them, go to the anchor and to other frames that are drawn.
+            makes them, go to the anchor and to other frames that are drawn; an object whose mask was given gets none.
         loss: `BestMaskLoss`, SAM2's own, by default; or `DiceCrossEntropy`, MedSAM's, on the best mask.
         loss_at: Where masks are compared: at the side of the model's ``input``, or at the ``decoder``'s.
         corrected_frames: Frames of a clip that are corrected in training, at most: so many are drawn, the anchor always
@@ -105,7 +113,20 @@ class SAM2Module(AnsweringModule):
         if corrected_frames < 1:
             raise UserError(f"corrected_frames {corrected_frames}: 1 or more; prompts without corrections correct none")
         self.memory, self.prompts, self.loss = memory, prompts or BoxPrompts(), loss or BestMaskLoss()
+        self.asks_in_vain = memory
         self.loss_at, self.corrected_frames, self.augmentation = loss_at, corrected_frames, augmentation
+        if not memory and gives_masks(self.prompts):
+            raise UserError(
+                "GivenMaskPrompts: the mask that is given is the answer, and of a single image nothing else is asked: "
+                "take other prompts, or memory true"
+            )
+        if corrected_frames > 1 and not self.prompts.rounds(0):
+            raise UserError(
+                f"corrected_frames {corrected_frames}: {type(self.prompts).__name__} correct nothing: take "
+                "ClickPrompts with corrections, or leave it out"
+            )
+        self._rehearsed: Callable[..., list[Prompts]] | None = None
+        """Stands in for the prompts' corrections where nothing has a value."""
         freeze(self.model, self._unreached())
         self.tuning.check_learns(self.model)
 
@@ -117,7 +138,13 @@ class SAM2Module(AnsweringModule):
             "pred_obj_score_head": isinstance(self.loss, BestMaskLoss) and self.loss.presence_weight > 0,
         }
         parts = [f"{decoder}.{name}" for name, reached in heads.items() if not reached]
-        return parts if self.memory else [*parts, *MEMORY_PARTS]
+        if isinstance(self.prompts, GivenMaskPrompts):  # nothing is answered without a memory
+            parts.append("no_mem_embed")
+        if self.memory:
+            return parts
+        if isinstance(self.loss, DiceCrossEntropy):  # it learns the one mask that is answered first
+            parts += [f"{decoder}.output_hypernetworks_mlps.{number}" for number in (1, 2, 3)]
+        return [*parts, *MEMORY_PARTS]
 
     def setup(self, stage: str) -> None:
         """Refuse data that the module cannot learn from.
@@ -127,7 +154,8 @@ class SAM2Module(AnsweringModule):
                 supported, a schedule without an end, or a prompt encoder that DDP would wait for.
         """
         super().setup(stage)
-        self._check_ddp(stage)
+        given = [".no_mem_embed"] if gives_masks(self.prompts) else []
+        self.refuse_unreached(stage, [".sam_prompt_encoder.", ".mask_downsample.", *given])
         datamodule = self.trainer.datamodule
         length = getattr(datamodule, "clip_length", 1)
         if self.memory and length < 2:
@@ -144,19 +172,6 @@ class SAM2Module(AnsweringModule):
             raise UserError(
                 f"{datamodule.folders['train']}: {empty} samples have no target, so nothing to prompt with: set "
                 "data.init_args.only_with_targets to true, or build the shards with `slices: {keep: nonempty}`"
-            )
-
-    def _check_ddp(self, stage: str) -> None:
-        strategy = self.trainer.strategy
-        if stage != "fit" or not isinstance(strategy, DDPStrategy):
-            return
-        asking = (".sam_prompt_encoder.", ".mask_downsample.")
-        learns = [n for n, p in self.named_parameters() if p.requires_grad and any(part in n for part in asking)]
-        if learns and not strategy._ddp_kwargs.get("find_unused_parameters"):
-            raise UserError(
-                f"trainer.strategy: {learns[0]} learns, and a batch reaches only those parts of the prompt encoder "
-                "that its prompts need: set it to ddp_find_unused_parameters_true, or freeze sam_prompt_encoder and "
-                "mask_downsample"
             )
 
     def describe_prompts(self) -> dict[str, Any]:
@@ -211,7 +226,7 @@ class SAM2Module(AnsweringModule):
         losses = {name: per_image_mean(value, clips) for name, value in parts.items()}
         shown = {f"train/{name}": value.detach() for name, value in losses.items()}
         with torch.no_grad():
-            shown["train/dsc"] = self._dsc(groups)
+            shown["train/dsc"] = found_dsc(groups)
         if not losses["loss"].requires_grad:  # nothing but given masks
             losses["loss"] = losses["loss"] + self.nothing_learnt()
         return losses, shown
@@ -229,7 +244,12 @@ class SAM2Module(AnsweringModule):
             torch.full((count, 2), float(side)), draws, self.model.mask_side,
         )  # fmt: skip
         asked = [Prompts(torch.arange(count), boxes=torch.zeros(count, 4))]
-        _, costs = self._follow_group(features, everything, 0, (), None, asked)
+        corrected = tuple(range(min(self.corrected_frames, frames)))
+        self._rehearsed = made_up_click
+        try:
+            _, costs = self._follow_group(features, everything, 0, corrected, 0, asked)
+        finally:
+            self._rehearsed = None
         return costs["loss"].mean()
 
     def counts(self, batch: TripletBatch, row: int) -> bool:
@@ -244,9 +264,8 @@ class SAM2Module(AnsweringModule):
         """Predict every target of a batch at native resolution, from the last answer to its frame."""
         if not batch.masks:
             return Prediction.none()
-        count = len(batch.masks)
-        masks: list[Tensor] = [torch.zeros(0)] * count
-        scores = torch.zeros(count)
+        masks: list[Tensor] = [torch.zeros(0)] * len(batch.masks)
+        scores = torch.zeros(len(masks))
         absent: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         asked: list[Prompts] = []
         for group, looks, _ in self._follow(batch, None, asked):
@@ -261,7 +280,7 @@ class SAM2Module(AnsweringModule):
                     else:
                         thing = batch.objects[int(group.rows[:, q].max())]
                         absent[image // batch.frames * NUMBERS + thing, image] = (sure[q], native.sum())
-        boxes, points, labels = prompts_of_targets(asked, count)
+        boxes, points, labels = prompts_of_targets(asked, len(masks))
         gone = [absent[place] for place in sorted(absent)]
         return Prediction(
             masks=masks,
@@ -328,7 +347,7 @@ class SAM2Module(AnsweringModule):
         """Follow objects from the anchor to the end, then from it back to the beginning."""
         from trainer.models.sam2_tracking import Tracking
 
-        frames = len(group.image)
+        frames, clicked = len(group.image), not_given(first, len(group))
         tracking, looks, costs = Tracking(self.model, frames), {}, []
         order = [*range(anchor, frames), *range(anchor - 1, -1, -1)]
         for place, frame in enumerate(order):
@@ -337,18 +356,30 @@ class SAM2Module(AnsweringModule):
                 conditioned, asked = self.model.without_memory(mine), first
                 look = self._say(tracking, mine, conditioned, asked)
             else:
-                conditioned, asked = tracking.conditioned(frame, mine, reverse), [Prompts(torch.arange(len(group)))]
+                conditioned, asked = tracking.conditioned(frame, mine, reverse), []
                 look = self.model.look(mine, conditioned, None)
             costs.append(self._costs(look, group.masks[frame]))
-            for correction in range(self.prompts.rounds(epoch) if frame in corrected else 0):
-                given = look.best.detach()
-                asked = self.prompts.correct(asked, given, group.truth(frame), epoch, correction)
-                look = self._say(tracking, mine, conditioned, asked)
-                costs.append(self._costs(look, group.masks[frame]))
+            if frame in corrected and len(clicked) and self.prompts.rounds(epoch):
+                some = Clicked.of(group, mine, conditioned, look.best, clicked)
+                asked = only(asked, clicked, len(group)) if frame == anchor else [Prompts(torch.arange(len(clicked)))]
+                again = list(self._corrections(tracking, some, frame, epoch, asked))
+                costs += [{name: spread(one, clicked, len(group)) for name, one in cost.items()} for _, cost in again]
+                look = patched(look, again[-1][0], clicked)
             looks[frame] = look
             if place + 1 < len(order):  # nothing looks back at the last one
                 tracking.keep(frame, mine, look, frame == anchor or frame in corrected, reverse)
         return looks, {name: torch.stack([part[name] for part in costs]).sum(0) for name in costs[0]}
+
+    def _corrections(
+        self, tracking: Tracking, some: Clicked, frame: int, epoch: int | None, asked: list[Prompts]
+    ) -> Iterator[tuple[Look, dict[str, Tensor]]]:
+        """Answers to one click after another on a frame, and what each costs."""
+        correct, logits = self._rehearsed or self.prompts.correct, some.logits
+        for correction in range(self.prompts.rounds(epoch)):
+            asked = correct(asked, logits.detach(), some.group.truth(frame), epoch, correction)
+            look = self._say(tracking, some.features, some.conditioned, asked)
+            logits = look.best
+            yield look, self._costs(look, some.group.masks[frame])
 
     def _say(self, tracking: Tracking, mine: SAM2Features, conditioned: Tensor, asked: list[Prompts]) -> Look:
         """Answer prompts: as the predictor of images where nothing but masks is learnt of single ones."""
@@ -366,18 +397,3 @@ class SAM2Module(AnsweringModule):
         there = truth.flatten(1).amax(1)
         found = self.loss(resize_logits(look.best, (truth.shape[-2], truth.shape[-1])), truth)
         return {name: value * there for name, value in found.items()}
-
-    def _dsc(self, groups: list[tuple[Followed, dict[int, Look], dict[str, Tensor]]]) -> Tensor:
-        """Mean DSC of the last answers to the frames that were found (to the prompted one, of single images)."""
-        values, weights = [], []
-        for group, looks, _ in groups:
-            anchor = group.anchors[int(group.clip[0])]
-            for frame, look in looks.items():
-                if frame == anchor and len(looks) > 1:
-                    continue
-                truth = smaller(group.masks[frame], look.best.shape[-1])
-                dsc, _ = overlap(look.best.detach() > 0, truth)
-                there = truth.flatten(1).amax(1)
-                values.append(dsc * there)
-                weights.append(there)
-        return torch.cat(values).sum() / torch.cat(weights).sum().clamp(min=1)

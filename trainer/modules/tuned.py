@@ -6,10 +6,12 @@ Shapes: none; a family's module names its own.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from math import inf
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -89,6 +91,27 @@ class TunedModule(ScoredModule):
             given = getattr(self.trainer.datamodule, name, alone)
             if given != alone:
                 raise UserError(f"data.init_args.{name} {given}: {why}: leave it out")
+
+    def refuse_unreached(self, stage: str, parts: Sequence[str]) -> None:
+        """Refuse plain DDP where a batch may not reach all that learns: it would wait for the rest.
+
+        Args:
+            stage: ``fit``, or another, in which nothing is refused.
+            parts: What is reached only where prompts need it, as pieces of parameters' names.
+
+        Raises:
+            UserError: Something of it learns.
+        """
+        strategy = self.trainer.strategy
+        if stage != "fit" or not isinstance(strategy, DDPStrategy):
+            return
+        learns = [n for n, p in self.named_parameters() if p.requires_grad and any(part in n for part in parts)]
+        if learns and not strategy._ddp_kwargs.get("find_unused_parameters"):
+            names = ", ".join(part.strip(".") for part in parts)
+            raise UserError(
+                f"trainer.strategy: {learns[0]} learns, and a batch reaches only those parts of the prompt encoder "
+                f"that its prompts need: set it to ddp_find_unused_parameters_true, or freeze {names}"
+            )
 
     def seed_dropout(self, batch: TripletBatch) -> None:
         """Make what drops out a function of the samples: a resumed run goes on alike, and ranks differ."""

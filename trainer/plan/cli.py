@@ -137,6 +137,7 @@ class PlanCLI(RecipeCLI):
             "optimizer": optimizer(module, resolved["trainer"]),
             "step": step(resolved["data"]["init_args"], resolved["trainer"]),
             "terms_per_image": nodes.get("terms_per_image"),
+            "frames": resolved["data"]["init_args"].get("clip_length") or 1,
             "prompts_per_image": prompts_per_image(resolved["data"]["init_args"], nodes.get("terms_per_image")),
             "length": {name: resolved["trainer"].get(name) for name in ("max_steps", "max_epochs", "max_time")},
             "precision": str(resolved["trainer"].get("precision") or "32-true"),
@@ -147,7 +148,7 @@ class PlanCLI(RecipeCLI):
         """Memory by images a pass and prompts an image; none, and a note why, where a pass cannot be rehearsed."""
         images, prompts = plan["step"]["micro_batch"], plan["prompts_per_image"]
         try:
-            frames = plan["step"]["frames"]
+            frames = plan["frames"]
             return memory_at(self.module, plan["precision"], plan["memory_bytes"]["total"], images, prompts, frames)
         except Exception as error:  # any model's code runs in there
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -177,8 +178,8 @@ def step(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
         trainer: Arguments of the trainer.
 
     Returns:
-        Images (or clips, of so many frames) a step and a pass, the devices (None if the recipe takes as many as there are) and the passes of each in
-        a step, on one device where their number is not known.
+        Images (or clips) a step and a pass, the devices (None if the recipe takes as many as there are) and the passes
+        of each in a step, on one device where their number is not known.
 
     Raises:
         UserError: The batches do not divide.
@@ -191,7 +192,6 @@ def step(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
         "devices": devices,
         "passes": images // (micro * (devices or 1)),
         "targets_per_image": data.get("targets_per_image"),
-        "frames": data.get("clip_length") or 1,
     }
 
 

@@ -26,7 +26,7 @@ def show(plan: Mapping[str, Any], console: Console) -> None:
         "question": plan["question"],
         "model": _described(plan["model"], ("weights", "weights_sha256")),
         "tuning": _described(plan["tuning"]),
-        "step": _step_text(plan["step"], plan.get("terms_per_image")),
+        "step": _step_text(plan["step"], plan.get("terms_per_image"), plan["frames"]),
         "length": _length_text(plan["length"]),
         "optimiser": _optimizer_text(plan["optimizer"], plan["precision"]),
         "memory": _memory_text(plan["memory_bytes"]),
@@ -40,7 +40,7 @@ def show(plan: Mapping[str, Any], console: Console) -> None:
 def show_memory(plan: Mapping[str, Any], console: Console) -> None:
     """Print what a pass takes by images and prompts, what fits which GPU, and the plan's notes."""
     if plan["memory_at"]:
-        what = _what(plan["step"])
+        what = _what(plan["frames"])
         console.print(f"memory     of one GPU in all, by {what}s of a pass and prompts of each; * as in the recipe")
         console.print(_memory_table(plan))
     for note in plan["notes"]:
@@ -56,18 +56,20 @@ def _memory_table(plan: Mapping[str, Any]) -> Table:
         table.add_column(_counted(column, "prompt", column == plan["prompts_per_image"]), justify="right")
     for row in rows:
         own = row == plan["step"]["micro_batch"]
-        table.add_row(_counted(row, _what(plan["step"]), own), *(_bytes(sizes[row, column]) for column in columns))
+        table.add_row(_counted(row, _what(plan["frames"]), own), *(_bytes(sizes[row, column]) for column in columns))
     table.add_section()
     for number, card in enumerate(CARDS):
         if number and max(sizes.values()) <= USABLE * CARDS[number - 1] * 2**30:
             break  # all fits the smaller one
-        table.add_row(f"{_what(plan['step'])}s in {card} GB", *(_most(sizes, rows, column, card) for column in columns))
+        table.add_row(
+            f"{_what(plan['frames'])}s in {card} GB", *(_most(sizes, rows, column, card) for column in columns)
+        )
     return table
 
 
-def _what(step: Mapping[str, Any]) -> str:
+def _what(frames: int) -> str:
     """What a pass takes several of."""
-    return "image" if step["frames"] == 1 else "clip"
+    return "image" if frames == 1 else "clip"
 
 
 def _counted(count: int, what: str, own: bool) -> str:
@@ -144,13 +146,13 @@ def _described(node: Mapping[str, Any], left_out: Sequence[str] = ()) -> str:
     return str(node["class_path"]) + (f": {', '.join(told)}" if told else "")
 
 
-def _step_text(step: Mapping[str, Any], terms: int | None) -> str:
+def _step_text(step: Mapping[str, Any], terms: int | None, frames: int) -> str:
     devices = step["devices"]
     on = "one device, fewer on more" if devices is None else f"{devices} device" + "s" * (devices != 1)
     passes = f"{step['passes']} pass" + "es" * (step["passes"] != 1)
     targets, kind = (step["targets_per_image"], "target") if terms is None else (terms, "term")
     drawn = "all targets of each" if targets is None else f"{targets} {kind}{'s' * (targets != 1)} of each"
-    what = "images" if step["frames"] == 1 else f"clips of {step['frames']} slices"
+    what = "images" if frames == 1 else f"clips of {frames} slices"
     return f"{step['images']} {what}, {drawn}: {step['micro_batch']} at once, so {passes} on {on}"
 
 
