@@ -1,6 +1,6 @@
 """Does a tiny SAM2 learn, from random weights, to follow things through volumes that it has not seen?
 
-python benchmarks/sam2_memory.py --data FOLDER     # the project's test data; --quick makes volumes of its own, in a minute
+python benchmarks/sam2_memory.py --data FOLDER     # the test data; --quick makes volumes of its own, in a minute
 
 The commands that a user would give: shards of real volumes in several directions, `trainer fit` with
 recipes/sam2/tiny.yaml, and `trainer evaluate --volume` on volumes that were held out, before and after: the true mask
@@ -14,8 +14,8 @@ The last line is one JSON object:
   parameters    of the model
   steps         optimiser steps
   seconds       of the training
-  volumes       for each held-out volume and direction: name, slices, objects, and mean DSC on unprompted slices, at the
-                start, learnt and copied
+  volumes       for each held-out volume and direction its name, the number of objects, and their mean DSC on the slices
+                that were not shown: start, learnt, copied
 """
 
 from __future__ import annotations
@@ -43,11 +43,26 @@ from data_shards.dataset import ShardDataset
 from data_shards.scan import write_index
 from data_shards.writer import ShardWriter
 from trainer.cli import main as trainer
+from trainer.models import SegmentationModel
+from trainer.restore import instantiate
 
 RECIPE = Path(__file__).parents[1] / "recipes/sam2/tiny.yaml"
 AXES = ("axial", "coronal", "sagittal")
-PERCENTILES, SOFT_TISSUE, AS_IT_IS = {"kind": "percentiles"}, {"kind": "window", "level": 40, "width": 400}, {"kind": "none"}
-ORGANS = {"spleen": 1, "right kidney": 2, "left kidney": 3, "gallbladder": 4, "liver": 5, "stomach": 6, "pancreas": 7, "aorta": 52}
+PERCENTILES, SOFT_TISSUE, AS_IT_IS = (
+    {"kind": "percentiles"},
+    {"kind": "window", "level": 40, "width": 400},
+    {"kind": "none"},
+)
+ORGANS = {
+    "spleen": 1,
+    "right kidney": 2,
+    "left kidney": 3,
+    "gallbladder": 4,
+    "liver": 5,
+    "stomach": 6,
+    "pancreas": 7,
+    "aorta": 52,
+}
 
 
 @dataclass(frozen=True)
@@ -77,27 +92,36 @@ def sources(held_out: str) -> tuple[list[Source], list[Source]]:
     Args:
         held_out: ``lesion and cord``, or ``abdomen``.
     """
-    lesion = "ct_lesion_recist_npz/CT_Lesion_{}.npz"
+    folder = "ct_lesion_recist_npz/CT_Lesion_"
     lesions = [
-        Source(f"CT lesion {name[:6]}", lesion.format(name), lesion.format(name), {"lesion": 1}, AS_IT_IS, ("axial",))
+        Source(
+            f"CT lesion {name[:6]}", f"{folder}{name}.npz", f"{folder}{name}.npz", {"lesion": 1}, AS_IT_IS, ("axial",)
+        )
         for name in ("000001_02_01_008-023", "000009_03_01_036-048")
     ]
-    cord, organ = {"spinal cord": 1}, ORGANS if held_out == "abdomen" else {}
+    folder = "mr_spinal_cord_nifti/"
     cords = [
-        Source("cord MR, T1", "mr_spinal_cord_nifti/t1/t1w.nii.gz", "mr_spinal_cord_nifti/t1/t1w_seg-manual.nii.gz", cord, PERCENTILES),
-        Source("cord MR, T2", "mr_spinal_cord_nifti/t2/t2.nii.gz", "mr_spinal_cord_nifti/t2/t2_seg-manual.nii.gz", cord, PERCENTILES),
+        Source(f"cord MR {name}", f"{folder}{image}.nii.gz", f"{folder}{mask}.nii.gz", {"spinal cord": 1}, PERCENTILES)
+        for name, image, mask in (("T1", "t1/t1w", "t1/t1w_seg-manual"), ("T2", "t2/t2", "t2/t2_seg-manual"))
     ]
-    folder = "ct_abdomen_totalseg_nifti"
-    abdomen = Source("abdomen CT", f"{folder}/example_ct_sm.nii.gz", f"{folder}/example_seg.nii.gz", organ, SOFT_TISSUE)
-    tumor = {"soft tissue sarcoma": 1}
-    others = [
-        *(Source(f"sarcoma PET {n}", f"pet_sarcoma_nifti/STS_00{n}_PET_image.nii.gz", f"pet_sarcoma_nifti/STS_00{n}_PET_mask.nii.gz", tumor, PERCENTILES) for n in (1, 2)),
-        Source("sarcoma MR", "mr_sarcoma_nifti/STS_002_MR_T1_image.nii.gz", "mr_sarcoma_nifti/STS_002_MR_T1_mask.nii.gz", tumor, PERCENTILES),
-        Source("brain tumor MR", "mr_brain_tumor_nrrd/brain1_image.nrrd", "mr_brain_tumor_nrrd/brain1_label.nrrd", {"brain tumor": 1}, PERCENTILES, ("axial",)),
-    ]  # fmt: skip
+    folder = "ct_abdomen_totalseg_nifti/example_"
+    organs = ORGANS if held_out == "abdomen" else {}
+    abdomen = Source("abdomen CT", f"{folder}ct_sm.nii.gz", f"{folder}seg.nii.gz", organs, SOFT_TISSUE)
+    sarcomas = [
+        Source(
+            f"sarcoma {kind}", f"{stem}_image.nii.gz", f"{stem}_mask.nii.gz", {"soft tissue sarcoma": 1}, PERCENTILES
+        )
+        for kind, stem in (
+            ("PET 1", "pet_sarcoma_nifti/STS_001_PET"),
+            ("PET 2", "pet_sarcoma_nifti/STS_002_PET"),
+            ("MR", "mr_sarcoma_nifti/STS_002_MR_T1"),
+        )
+    ]
+    folder, tumor = "mr_brain_tumor_nrrd/brain1_", {"brain tumor": 1}
+    brain = Source("brain MR", f"{folder}image.nrrd", f"{folder}label.nrrd", tumor, PERCENTILES, ("axial",))
     if held_out == "abdomen":
-        return [*lesions, *cords, *others], [abdomen]
-    return [lesions[0], cords[0], abdomen, *others], [lesions[1], cords[1]]
+        return [*lesions, *cords, *sarcomas, brain], [abdomen]
+    return [lesions[0], cords[0], abdomen, *sarcomas, brain], [lesions[1], cords[1]]
 
 
 def drifting(folder: Path) -> tuple[list[Source], list[Source]]:
@@ -113,7 +137,9 @@ def drifting(folder: Path) -> tuple[list[Source], list[Source]]:
             affine = np.diag([-1.0, -1.0, 2.0, 1.0])
             nibabel.save(nibabel.Nifti1Image(array.transpose(2, 1, 0), affine), folder / f"{name}{number}.nii.gz")
         terms = {"ball": 1, "rod": 2}
-        made.append(Source(f"drifting {number}", f"image{number}.nii.gz", f"mask{number}.nii.gz", terms, AS_IT_IS, ("axial",)))
+        made.append(
+            Source(f"drifting {number}", f"image{number}.nii.gz", f"mask{number}.nii.gz", terms, AS_IT_IS, ("axial",))
+        )
     return made[:2], made[2:]
 
 
@@ -124,12 +150,14 @@ def write_shards(data: Path, learnt: Iterable[Source], folder: Path) -> Path:
         for source in learnt:
             labels = source.labels or _every_label(data / source.mask)
             for axis in source.axes:
-                name = f"{source.name} {axis}".replace(" ", "-").replace(",", "")
+                name = f"{source.name} {axis}".replace(" ", "-")
                 spec = {
                     "dataset": name, "modality": source.name.split()[1], "intensity": source.intensity,
-                    "cases": [{"id": name, "image": source.image, "mask": source.mask, "patient": name, "split": "train"}],
+                    "cases": [
+                        {"id": name, "image": source.image, "mask": source.mask, "patient": name, "split": "train"}
+                    ],
                     "targets": [{"term": term, "value": value} for term, value in labels.items()],
-                    "slices": {"axis": axis, "keep": "all", "min_area": 20}, "split": {"kind": "explicit"},
+                    "slices": {"axis": axis, "keep": "all", "min_area": 40}, "split": {"kind": "explicit"},
                     "licence": "test", "cite": "nobody",
                 }  # fmt: skip
                 path = folder / f"{name}.yaml"
@@ -157,7 +185,9 @@ def command(*arguments: object) -> None:
         raise SystemExit(f"sam2_memory: trainer {arguments[0]} ended with {code}")
 
 
-def evaluate(data: Path, held_out: Sequence[Source], folder: Path, model: Sequence[object]) -> dict[tuple[str, str], Any]:
+def evaluate(
+    data: Path, held_out: Sequence[Source], folder: Path, model: Sequence[object]
+) -> dict[tuple[str, str], Any]:
     """Scores of held-out volumes by name and direction."""
     found = {}
     for source in held_out:
@@ -167,7 +197,19 @@ def evaluate(data: Path, held_out: Sequence[Source], folder: Path, model: Sequen
             rule = {"percentiles": "percentiles", "none": "none", "window": "window:-160,240"}[source.intensity["kind"]]
             files = ("--volume", data / source.image, "--truth", data / source.mask, "--labels", labels)
             command(
-                "evaluate", *files, *model, "--prompt", "mask", "--axis", axis, "--intensity", rule, "--device", "cpu", "--out", out
+                "evaluate",
+                *files,
+                *model,
+                "--prompt",
+                "mask",
+                "--axis",
+                axis,
+                "--intensity",
+                rule,
+                "--device",
+                "cpu",
+                "--out",
+                out,
             )
             with (out / "scores.csv").open(newline="") as handle:
                 found[source.name, axis] = list(csv.DictReader(handle))
@@ -178,7 +220,9 @@ def mean(rows: Sequence[dict[str, str]], column: str) -> float:
     return float(np.mean([float(row[column]) for row in rows]))
 
 
-def run(data: Path, parts: tuple[list[Source], list[Source]], folder: Path, changes: Sequence[object]) -> dict[str, Any]:
+def run(
+    data: Path, parts: tuple[list[Source], list[Source]], folder: Path, changes: Sequence[object]
+) -> dict[str, Any]:
     """Train, and compare before and after."""
     learnt, held_out = parts
     say("shards")
@@ -224,9 +268,6 @@ def main() -> None:
             found = run(folder / "data", drifting(folder / "data"), folder, changes)
         else:
             found = run(values.data, sources(values.held_out), folder, changes)
-    from trainer.restore import instantiate
-    from trainer.models import SegmentationModel
-
     model = instantiate(recipe["model"]["init_args"]["model"], SegmentationModel, str(RECIPE))
     for row in found["volumes"]:
         print(f"{row['name']:<28} start {row['start']:.3f}  learnt {row['learnt']:.3f}  copied {row['copied']:.3f}")

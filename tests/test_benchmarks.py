@@ -142,6 +142,17 @@ def packed_is_sane(found: dict[str, Any]) -> bool:
     )
 
 
+def sam2_memory_is_sane(found: dict[str, Any]) -> bool:
+    (volume,) = found["volumes"]
+    return (
+        found["steps"] == 4
+        and positive([found["seconds"], found["parameters"]])
+        and (volume["name"], volume["objects"]) == ("drifting 2, axial", 2)
+        and 0.6 < volume["copied"] < 0.75
+        and all(0 <= volume[name] < 1 for name in ("start", "learnt"))
+    )
+
+
 def sam3_step_is_sane(found: dict[str, Any]) -> bool:
     return (
         (found["images"], found["prompts"], found["image_size"]) == (2, 2, 112)
@@ -176,6 +187,7 @@ def matcher_is_sane(found: dict[str, Any]) -> bool:
         ("index.py", ("--samples", "3000", "--repeats", "1"), index_is_sane),
         ("readers.py", ("--samples", "48"), alone_is_sane),
         ("packed.py", ("--pairs", "3", "--rounds", "1", "--models", "1"), packed_is_sane),
+        ("sam2_memory.py", (), sam2_memory_is_sane),
         ("sam3_step.py", ("--images", "2", "--prompts", "2", "--steps", "1"), sam3_step_is_sane),
         ("matcher.py", ("--prompts", "4", "--layers", "2", "--rounds", "1"), matcher_is_sane),
         pytest.param("loader.py", ("--samples", "48"), loader_is_sane, marks=pytest.mark.slow),
@@ -199,6 +211,7 @@ def test_every_benchmark_is_run_above() -> None:
         "matcher.py",
         "packed.py",
         "readers.py",
+        "sam2_memory.py",
         "sam3_step.py",
         "samples.py",
         "shards.py",

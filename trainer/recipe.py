@@ -298,15 +298,15 @@ def flat(node: Any, key: str = "") -> dict[str, Any]:
 def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """What differs between two recipes, by dotted key; what one of them alone names is of another release."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        pairs = [(str(name), old[name], new[name]) for name in old if name in new]
+        pairs = {str(name): (old[name], new[name]) for name in old if name in new}
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(str(number), *both) for number, both in enumerate(zip(old, new, strict=True))]
+        pairs = {str(number): both for number, both in enumerate(zip(old, new, strict=True))}
     else:
         if old != new:
             yield key, old, new
         return
-    for name, *both in pairs:
-        yield from changes(*both, f"{key}.{name}" if key else name)
+    for name, (one, other) in pairs.items():
+        yield from changes(one, other, f"{key}.{name}" if key else name)
 
 
 def dotted_keys(node: Any, key: str = "") -> Iterator[str]:

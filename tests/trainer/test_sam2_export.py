@@ -18,19 +18,21 @@ from torch import Tensor
 
 from data_shards.errors import UserError
 from trainer.cli import main
-from trainer.export import EXPORTERS, gate
+from trainer.export import EXPORTERS, following, gate
 from trainer.export.gate import FRAMES, Verdict, compare, real_clip, real_samples
 from trainer.export.sam2 import SAM2Exporter
 from trainer.models import SAM2Shape
 from trainer.models.sam2_memory import RecentMemory
 from trainer.models.weights import sha256_of
 from trainer.prompts import Prompts
+from trainer.report.gate import gate_section
 from trainer.restore import restore
 from trainer.run import Run
 from trainer.tuning import LoRATuning
 
 build_sam = pytest.importorskip("sam2.build_sam")
 from trainer.models import SAM2  # noqa: E402  (needs sam2)
+from trainer.models.sam2_tracking import Tracking  # noqa: E402  (needs sam2)
 
 pytestmark = pytest.mark.filterwarnings("ignore:cannot import name")  # without CUDA, holes are not filled
 SIDE = 64
@@ -105,6 +107,14 @@ def test_the_official_predictor_loads_an_export_and_follows_the_same(run, traine
     assert record["verified"] is True and record["sha256"] == sha256_of(out)
     assert (record["image_size"], record["samples"], record["frames"]) == (SIDE, 2, FRAMES)
     assert record["frames_shown"] == FRAMES - 1 and not any("untested" in note for note in record["notes"])
+    assert record["asked"] == ["boxes", "points", "points and masks"] and record["followed"] == ["box", "mask"]
+    assert (record["tensors"], record["unequal"], record["frames_shown_raised"]) == (471, [], None)
+    assert record["compared"] == (
+        "answers to boxes, points, points and masks in 2 images; objects shown 1 by box and 1 by mask and followed "
+        f"through {FRAMES} frames; all 471 tensors"
+    )
+    assert record["compared"] in stdout
+    assert record["compared"] in gate_section([record])
     assert record["max_logit_difference"] <= 1e-5 and record["max_followed_difference"] <= 1e-4
     assert record["dsc_run"] == pytest.approx(record["dsc_consumer"], abs=1e-3)
     told = {"config_file": CONFIG, "hydra_overrides_extra": OVERRIDES, "apply_postprocessing": True}
@@ -162,6 +172,15 @@ def swap(one: str, other: str) -> Callable[[dict[str, Tensor]], None]:
         (swap(*(f"sam_mask_decoder.transformer.layers.{i}.norm1.weight" for i in (0, 1))), ": logits differ by"),
         (swap(*(f"memory_attention.layers.{i}.linear2.weight" for i in (0, 3))), "of followed objects differ by"),
         (lambda state: state["memory_encoder.out_proj.bias"].mul_(torch.nan), "of followed objects differ by"),
+        (swap(*(f"sam_prompt_encoder.point_embeddings.{i}.weight" for i in (0, 1))), ": logits differ by"),
+        (lambda state: state["sam_prompt_encoder.mask_downscaling.6.weight"].mul_(-5), ": logits differ by"),
+        (lambda state: state["mask_downsample.weight"].mul_(-300), "of followed objects differ by"),
+        # no clip is long enough for these; and what moves logits less than rounding may, is still not the run's
+        (
+            lambda state: state["maskmem_tpos_enc"][2:6].zero_(),
+            "1 of its 471 tensors are not those of the run, such as",
+        ),
+        (lambda state: state["mask_downsample.weight"].mul_(1.01), "such as mask_downsample.weight"),
         (lambda state: state.pop("no_obj_ptr"), "sam2 cannot load it"),
         (lambda state: state.update(head=torch.zeros(1)), 'Unexpected key(s) in state_dict: "head"'),
     ],
@@ -175,17 +194,75 @@ def test_what_was_tampered_with_does_not_pass(run, tmp_path, trainer_command, mo
     assert not list(tmp_path.glob("*x.pt*")) and not (run / "exports").exists()
 
 
-def test_a_memory_of_nothing_is_no_proof(run, tmp_path, trainer_command, monkeypatch):
-    def absent(model: SAM2) -> None:
-        model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(-50.0)
+class Oldest(RecentMemory):
+    """Another way to choose memories."""
 
+
+def absent(model: SAM2) -> None:
+    """Let a model hold everything to be absent."""
+    model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(-50.0)
+
+
+def test_a_memory_of_nothing_is_no_proof(run, tmp_path, trainer_command, monkeypatch):
     honest = LoRATuning.merge
     monkeypatch.setattr(LoRATuning, "merge", lambda self, model: (honest(self, model), absent(model)))
-    code, _, err = trainer_command(*command(run, tmp_path / "x.pt"))
+    code, out, err = trainer_command(*command(run, tmp_path / "x.pt"))
     assert (code, err) == (0, "")
     record = json.loads((run / "exports/sam2/export.json").read_text())
     assert record["verified"] is True and record["frames_shown"] == 0
     assert "holds everything to be absent after the first frame" in record["notes"][-1]
+    # so both have followed once more, as if everything were there
+    assert record["frames_shown_raised"] == FRAMES - 1 and 0 < record["max_followed_difference"] <= 1e-4
+    assert "the verdict rests on that" in record["notes"][-1]
+    assert "being there raised in both" in record["compared"] and record["compared"] in out
+    tamper(monkeypatch, swap(*(f"memory_attention.layers.{i}.linear2.weight" for i in (0, 3))))
+    code, _, err = trainer_command(*command(run, tmp_path / "y.pt"))
+    assert code == 2 and "logits of followed objects differ by" in err
+    assert not list(tmp_path.glob("*y.pt*"))
+
+
+def test_models_are_given_back_as_they_were(tmp_path, tiny_shards, monkeypatch):
+    model = random_model(memory=Oldest())
+    absent(model)
+    policy, before = model.memory, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    exporter = EXPORTERS["sam2"].for_model(model)
+    exporter.write(model, tmp_path / "x.pt")
+    consumer = exporter.load(tmp_path / "x.pt")
+    samples = real_samples(str(tiny_shards / "test"), 1)
+    clip = real_clip(str(tiny_shards / "test"), samples)
+
+    def untouched() -> bool:
+        mine = model.memory is policy and not following.unequal_tensors(model, restored)
+        return mine and not following.unequal_tensors(consumer.module, restored)
+
+    restored = random_model()
+    restored.load_state_dict(before)
+    found = following.follow_both(consumer, model, clip)
+    assert (found["frames_shown"], found["frames_shown_raised"]) == (0, FRAMES - 1)
+    assert untouched()
+    follow, calls = Tracking.follow, []
+
+    def fails(self: Tracking, *arguments: Any) -> Any:
+        calls.append(self)
+        if len(calls) > stop:
+            raise RuntimeError("out of memory")
+        return follow(self, *arguments)
+
+    monkeypatch.setattr(Tracking, "follow", fails)
+    for stop in (1, 2 * (FRAMES - 1)):  # while it follows the first time, and as if everything were there
+        calls.clear()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            following.follow_both(consumer, model, clip)
+        assert untouched()
+
+
+def test_without_a_mask_the_box_is_one(tiny_shards):
+    clip = real_clip(str(tiny_shards / "test"), real_samples(str(tiny_shards / "test"), 1))
+    assert clip.mask is not None and clip.mask.sum() > 0
+    x0, y0, x1, y1 = clip.boxes[0].int().tolist()
+    filled = following._mask(replace(clip, mask=None))
+    assert filled.sum() == (x1 - x0 + 1) * (y1 - y0 + 1) and filled[y0, x0] and filled[y1, x1]
+    assert (filled | (clip.mask.numpy() != 0)).sum() == filled.sum(), "the mask lies in it"
 
 
 def test_a_run_without_postprocessing_is_compared_without(tmp_path, tiny_shards):
@@ -200,10 +277,6 @@ def test_a_run_without_postprocessing_is_compared_without(tmp_path, tiny_shards)
     # and it makes a difference here
     verdict = compare(EXPORTERS["sam2"].for_model(random_model()), tmp_path / "x.pt", model, samples, clip=clip)
     assert not verdict.verified
-
-
-class Oldest(RecentMemory):
-    """Another way to choose memories."""
 
 
 def test_notes_say_in_what_the_consumer_is_not_the_run():
@@ -233,7 +306,7 @@ def test_every_variant_has_its_configuration(variant, tmp_path):
 
 def test_only_released_shapes_are_taken():
     exporter = EXPORTERS["sam2"]
-    small = SAM2(SAM2Shape(embed_dim=16, stages=(1, 1, 1, 1), global_blocks=(2,)), 64, weights=None)
+    small = SAM2(SAM2Shape(embed_dim=16, stages=(1, 1, 2, 1), global_blocks=(3,)), 64, weights=None)
     with pytest.raises(UserError, match=r"variant\.\w+ .* cannot be exported to 'sam2'.* tiny, small, base_plus"):
         exporter.accepts(small)
     assert exporter.accepts(torch.nn.Linear(1, 1)) is False  # type: ignore[arg-type]

@@ -14,10 +14,11 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from trainer.models import SegmentationModel
+from trainer.prompts import Prompts
 
 BoxConsumer = Callable[[Tensor, Tensor], Tensor]
 """A consumer's own model: image (1, C, S, S) and boxes (Q, 4) in its pixels → mask logits (Q, S, S)."""
@@ -41,22 +42,28 @@ class TextAnswer:
 TextConsumer = Callable[[Tensor, Sequence[str]], TextAnswer]
 """A consumer's own model: image (1, C, S, S) and P texts → what it finds."""
 
-FrameConsumer = Callable[[Sequence[np.ndarray], Tensor], tuple[Tensor, Tensor]]
-"""A consumer's own model: T frames (H, W) or (H, W, 3) uint8 and boxes (Q, 4) in pixels of the first → the frames as
-it read them, (T, C, S, S), and mask logits (T, Q, H, W) of what the boxes show, followed through all of them."""
+PromptConsumer = Callable[[Tensor, Sequence[Prompts]], list[Tensor]]
+"""A consumer's own model: image (1, C, S, S) and prompts of any form in its pixels → for each mask logits (Q, h, w)."""
+
+FrameConsumer = Callable[[Sequence[np.ndarray], Tensor, Tensor], tuple[Tensor, Tensor]]
+"""A consumer's own model: T frames (H, W) or (H, W, 3) uint8, boxes (Q, 4) in pixels of the first, and the mask (S, S)
+bool of one more object there → the frames as it read them, (T, C, S, S), and mask logits (T, Q + 1, H, W) of what is
+shown, followed through all of them."""
 
 
 @dataclass(frozen=True)
 class VideoConsumer:
-    """A consumer's own model that answers boxes in an image, and follows what they show through frames.
+    """A consumer's own model that answers prompts in an image, and follows what it is shown through frames.
 
     Attributes:
-        image: Answers boxes; its logits have its own side, (Q, h, w).
+        image: Answers boxes, points and masks to start from; its logits have its own side, (Q, h, w).
         follow: Follows.
+        module: The model itself, whose tensors have the names of ours.
     """
 
-    image: BoxConsumer
+    image: PromptConsumer
     follow: FrameConsumer
+    module: nn.Module
 
 
 class Exporter(ABC):
@@ -74,7 +81,7 @@ class Exporter(ABC):
     """What to install for the gate."""
     image_size: int
     """Input side S in pixels that the consumer runs at."""
-    asks: Literal["boxes", "texts", "boxes and frames"] = "boxes"
+    asks: Literal["boxes", "texts", "prompts and frames"] = "boxes"
     """What the consumer is asked with."""
     samples: int = 8
     """Images that the gate compares on, unless told otherwise."""

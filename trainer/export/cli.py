@@ -90,7 +90,7 @@ def export(
         require_consumer(exporter)
         folder = images or _test_split(run)
         batches = real_samples(folder, samples)
-        clip = real_clip(str(folder), batches) if exporter.asks == "boxes and frames" else None
+        clip = real_clip(str(folder), batches) if exporter.asks == "prompts and frames" else None
     module = restore(run, checkpoint, weights)
     module.tuning.merge(module.model)
     if not exporter.accepts(module.model):
@@ -103,10 +103,7 @@ def export(
         wording = getattr(module, "wording", None)
         verdict = None if unverified else compare(exporter, partial, module.model, batches, wording, clip)
         if verdict is not None and not verdict.verified:
-            raise UserError(
-                f"export to '{exporter.name}' failed: {verdict.worst} differ by {verdict.difference:.2g} from the "
-                f"consumer's, more than {verdict.tolerance:g}; nothing was written"
-            )
+            raise UserError(f"export to '{exporter.name}' failed: {verdict.fault}; nothing was written")
         record = _record(exporter, out, sha256_of(partial), verdict, module.model.preprocessing.image_size)
         preprocessing = module.model.preprocessing.to_dict()
         partial.replace(out)
@@ -152,9 +149,11 @@ def _record(exporter: Exporter, out: Path, sha256: str, verdict: Verdict | None,
         notes.insert(
             0, f"Trained at {trained_at} px; {exporter.package} runs at {exporter.image_size} px, see both DSCs."
         )
-    found = asdict(verdict) if verdict else {"verified": None}
+    found = {**asdict(verdict), "compared": verdict.compared} if verdict else {"verified": None}
     if verdict and verdict.frames and not verdict.frames_shown:
-        notes.append(f"{exporter.package} holds everything to be absent after the first frame: its memory is untested.")
+        seen = "was compared with the score of an object's being there raised in both, and the verdict rests on that"
+        memory = f"its memory {seen if verdict.frames_shown_raised else 'is untested'}"
+        notes.append(f"{exporter.package} holds everything to be absent after the first frame: {memory}.")
     built = {"builder": dict(exporter.builder)} if exporter.builder else {}
     return {"format": exporter.name, "file": str(out), "sha256": sha256, **built, **found, "notes": notes}
 
@@ -172,4 +171,5 @@ def _print(record: Mapping[str, Any]) -> None:
     if record["max_followed_difference"] is not None:
         differ = f"{record['max_followed_difference']:.1e}"
         print(f"followed through {record['frames']} frames: logits differ by at most {differ}")
+    print(f"compared: {record['compared']}")
     print(f"DSC there {record['dsc_consumer']:.3f} at {record['image_size']} px, in the run {record['dsc_run']:.3f}")

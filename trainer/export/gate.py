@@ -1,7 +1,7 @@
 """The gate: an export is verified when the consumer's own code loads it and agrees on real images.
 
 Shapes: Q prompts of one image, S the consumer's input side; P texts asked about an image, N object queries; T frames of
-a clip, H W their native height and width.
+a clip, H W their native height and width; h w side of a model's masks.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_shards import views
 from data_shards.batch import Sample, TripletBatch, collate
 from data_shards.dataset import ShardDataset
-from data_shards.errors import UserError
+from data_shards.errors import UserError, counted
 from trainer.callbacks.panels import to_uint8
-from trainer.export.base import BoxConsumer, Exporter, FrameConsumer, TextAnswer, TextConsumer, VideoConsumer
+from trainer.export.base import BoxConsumer, Exporter, TextAnswer, TextConsumer, VideoConsumer
+from trainer.export.following import Clip, follow_both, unequal_tensors
 from trainer.metrics import overlap
 from trainer.models import SAM3, SegmentationModel
 from trainer.prompts import Prompts
 from trainer.prompts.concepts import ConceptPrompts, concepts_of
+from trainer.prompts.regions import deepest
 from trainer.prompts.wording import Wording
+from trainer.volumes.asked import Asked, prompts_of
 
 if TYPE_CHECKING:
     from trainer.models import SAM2
@@ -39,10 +41,12 @@ TERMS = 8
 """Terms of an image that a consumer of texts is asked for, at most."""
 FRAMES = 4
 """Frames of the clip through which a consumer follows what it is shown."""
-FOLLOWED = 3
-"""Targets that it follows, at most."""
-ABSENT = -1024.0
-"""Logit of what SAM2 holds to be absent."""
+FOLLOWED = 2
+"""Targets that it follows by their boxes, at most; the first one it follows by its mask too."""
+POINTED = 3
+"""Targets of an image that a consumer is asked for by points, at most."""
+SUREST = 32.0
+"""Largest logit of a mask to start from."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Verdict:
     """What the gate found.
 
     Attributes:
-        verified: Whether every logit agreed.
+        verified: Whether every logit agreed, and every tensor where these are compared.
         consumer: The consumer's distribution and version.
         max_logit_difference: Largest difference over all pixels of all samples. Where texts are asked, that of each
             text's most confident query, as a share of its largest logit if that is above 1: such logits are sums over
@@ -61,6 +65,15 @@ class Verdict:
         dsc_consumer: Mean DSC of the consumer's model at its own side, on these samples.
         max_confidence_difference: Where texts are asked, largest difference of any query's confidence, or of the most
             confident one's box in shares of the image's side.
+        max_followed_difference: Where objects are followed, largest difference of logits over all frames.
+        frames: Frames of that clip.
+        frames_shown: Those after the first in which the consumer holds anything to be there.
+        asked: What the images were asked with.
+        followed: How each object that was followed was shown.
+        frames_shown_raised: The same as `frames_shown` where that is 0: both have then followed once more, with the
+            score of an object's being there raised in both, and `max_followed_difference` is of that too.
+        tensors: Tensors that the consumer has loaded, where they were compared with ours by name.
+        unequal: Names of those that are not equal.
     """
 
     verified: bool
@@ -76,6 +89,35 @@ class Verdict:
     max_followed_difference: float | None = None
     frames: int = 0
     frames_shown: int = 0
+    asked: tuple[str, ...] = ()
+    followed: tuple[str, ...] = ()
+    frames_shown_raised: int | None = None
+    tensors: int = 0
+    unequal: tuple[str, ...] = ()
+
+    @property
+    def fault(self) -> str:
+        """What keeps it from being verified; empty where nothing does."""
+        if not self.difference <= self.tolerance:  # NaN is no agreement
+            return f"{self.worst} differ by {self.difference:.2g} from the consumer's, more than {self.tolerance:g}"
+        if self.unequal:
+            return (
+                f"{len(self.unequal)} of its {self.tensors} tensors are not those of the run, such as {self.unequal[0]}"
+            )
+        return ""
+
+    @property
+    def compared(self) -> str:
+        """What was compared, in words."""
+        words = [f"answers to {', '.join(self.asked)} in {counted(self.samples, 'image')}"]
+        if self.frames:
+            shown = " and ".join(f"{self.followed.count(how)} by {how}" for how in dict.fromkeys(self.followed))
+            words.append(f"objects shown {shown} and followed through {self.frames} frames")
+        if self.frames_shown_raised is not None:
+            words.append("the same with the score of an object's being there raised in both")
+        if self.tensors:
+            words.append(f"all {self.tensors:,} tensors")
+        return "; ".join(words)
 
     @property
     def worst(self) -> str:
@@ -95,19 +137,6 @@ class Verdict:
             "logits of followed objects": self.max_followed_difference,
         }
         return {name: value for name, value in found.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Real frames to follow targets through.
-
-    Attributes:
-        frames: T frames, (H, W) or (H, W, 3) uint8.
-        boxes: (Q, 4) float32, tight boxes of targets of the first frame as (x0, y0, x1, y1), in its pixels.
-    """
-
-    frames: tuple[np.ndarray, ...]
-    boxes: Tensor
 
 
 @dataclass(frozen=True)
@@ -176,7 +205,7 @@ def real_clip(folder: str, samples: Sequence[TripletBatch]) -> Clip:
         batches = [one for one in samples if one.images[0].shape[-2:] == samples[0].images[0].shape[-2:]]
     frames = [to_uint8(batch.images[0].numpy()) for batch in batches]
     boxes = batches[0].boxes[:FOLLOWED].float()
-    return Clip(tuple(frames[number % len(frames)] for number in range(FRAMES)), boxes)
+    return Clip(tuple(frames[number % len(frames)] for number in range(FRAMES)), boxes, batches[0].masks[0])
 
 
 @torch.no_grad()
@@ -189,6 +218,8 @@ def compare(
     clip: Clip | None = None,
 ) -> Verdict:
     """Load an export with its consumer and compare logits, on the CPU in fp32.
+
+    Where names are the consumer's own, all tensors are compared too: no image asks for every one of them.
 
     Args:
         exporter: The format.
@@ -209,14 +240,17 @@ def compare(
         raise UserError(f"export to '{exporter.name}' failed: {exporter.package} cannot load it ({reason})") from error
     same = model.preprocessing.image_size == exporter.image_size
     there = model if same else model.at_size(exporter.image_size)
-    if exporter.asks == "texts":
+    more: dict[str, Any] = {"asked": (exporter.asks,)}
+    if isinstance(consumer, VideoConsumer):
+        found = [_ask_prompts(consumer, model, there, batch) for batch in samples]
+        more = {"asked": ("boxes", "points", "points and masks"), "tensors": len(consumer.module.state_dict())}
+        more["unequal"] = unequal_tensors(consumer.module, there)
+        if clip is not None:
+            more |= follow_both(consumer, cast("SAM2", there), clip)
+    elif exporter.asks == "texts":
         found = [_ask_texts(consumer, model, there, batch, wording or Wording()) for batch in samples]
     else:
-        asked = consumer.image if isinstance(consumer, VideoConsumer) else consumer
-        found = [_ask_boxes(asked, model, there, batch) for batch in samples]
-    followed: dict[str, Any] = {}
-    if isinstance(consumer, VideoConsumer) and clip is not None:
-        followed = _follow(consumer.follow, cast("SAM2", there), clip)
+        found = [_ask_boxes(consumer, model, there, batch) for batch in samples]
     confidences = [one.confidence for one in found if one.confidence is not None]
     verdict = Verdict(
         verified=False,
@@ -230,9 +264,9 @@ def compare(
         dsc_run=float(torch.cat([one.ours for one in found]).mean()),
         dsc_consumer=float(torch.cat([one.theirs for one in found]).mean()),
         max_confidence_difference=float(torch.stack(confidences).max()) if confidences else None,
-        **followed,
+        **more,
     )
-    return replace(verdict, verified=verdict.difference <= TOLERANCE)
+    return replace(verdict, verified=not verdict.fault)
 
 
 def _ask_boxes(
@@ -248,30 +282,34 @@ def _ask_boxes(
     )
 
 
-def _follow(consumer: FrameConsumer, model: SAM2, clip: Clip) -> dict[str, Any]:
-    """Let both follow a clip's targets, each by itself, as the consumer does it: what `Verdict` says of it."""
-    from trainer.models.sam2_memory import RecentMemory
-    from trainer.models.sam2_tracking import Tracking
+def _ask_prompts(
+    consumer: VideoConsumer, model: SegmentationModel, there: SegmentationModel, batch: TripletBatch
+) -> _Compared:
+    """Ask both about the targets of an image: by box, by points on and beside it, and with a mask to start from."""
+    images = there.preprocessing.images(batch.images)
+    features = there.encode(images)
+    boxes, _ = there.preprocessing.boxes(batch.boxes, batch.sizes)
+    masks = [mask.numpy() != 0 for mask in batch.masks[:POINTED]]
+    (points,) = prompts_of([_pointed(mask) for mask in masks], there.preprocessing, masks[0].shape)
+    points = replace(points, image_index=batch.image_index[: len(points)])
+    asked = [Prompts(batch.image_index, boxes), points]
+    ours = [there.decode(features, prompts)[0][:, 0] for prompts in asked]
+    asked.append(replace(points, masks=ours[0][: len(points)].clamp(-SUREST, SUREST)))
+    ours.append(there.decode(features, asked[-1])[0][:, 0])
+    theirs = consumer.image(images, asked)
+    return _Compared(
+        logits=torch.stack([(one - other).abs().max() for one, other in zip(ours, theirs, strict=True)]).max(),
+        ours=_dsc(model, batch.masks, ours[0] if there is model else _logits(model, batch)),
+        theirs=_dsc(there, batch.masks, theirs[0]),
+    )
 
-    images, theirs = consumer(clip.frames, clip.boxes)
-    size = theirs.shape[-2:]
-    boxes, _ = model.preprocessing.boxes(clip.boxes, torch.tensor([size]).expand(len(clip.boxes), 2))
-    features = [model.encode(image[None]) for image in images]  # of the very frames that the consumer has read
-    policy, model.memory = model.memory, RecentMemory()
-    differences = []
-    for q, box in enumerate(boxes):
-        tracking = Tracking(model, len(features))
-        looks = [tracking.ask(0, features[0], [Prompts(torch.zeros(1, dtype=torch.int64), box[None])])]
-        looks += [tracking.follow(frame, features[frame]) for frame in range(1, len(features))]
-        ours = F.interpolate(torch.stack([look.best for look in looks]), size, mode="bilinear", align_corners=False)
-        differences.append((ours[:, 0] - theirs[:, q]).abs().max())
-    model.memory = policy
-    shown = theirs[1:].flatten(1).amax(1) > ABSENT / 2  # resizing may round it
-    return {
-        "max_followed_difference": float(torch.stack(differences).max()),
-        "frames": len(images),
-        "frames_shown": int(shown.sum()),
-    }
+
+def _pointed(mask: np.ndarray) -> Asked:
+    """Show a mask (H, W) by its innermost pixel, and a corner of the image, where it seldom is."""
+    _, x, y = deepest(mask)
+    height, width = mask.shape
+    corner = (width - 1, height - 1) if mask[0, 0] else (0, 0)
+    return Asked("", 0, points=((x, y, 1), (*corner, 0)))
 
 
 def _ask_texts(

@@ -24,6 +24,7 @@ from trainer.export.base import Exporter, VideoConsumer
 from trainer.models import SAM2Shape, SegmentationModel
 from trainer.models.sam2_memory import RecentMemory
 from trainer.models.sam2_shape import STRIDE, VARIANTS
+from trainer.prompts import Prompts
 
 if TYPE_CHECKING:
     from trainer.models import SAM2
@@ -61,7 +62,7 @@ class SAM2Exporter(Exporter):
     suffix = ".pt"
     package = "sam2"
     requirement = "sam2==1.1.0 (with SAM2_BUILD_CUDA=0 in the environment it needs no compiler)"
-    asks = "boxes and frames"
+    asks = "prompts and frames"
     samples = 4  # beside the frames of a clip; at 1024 px the larger encoders take their time
 
     def __init__(
@@ -124,39 +125,44 @@ class SAM2Exporter(Exporter):
         with mock.patch("torch.cuda.is_available", return_value=False):
             predictor = build_sam2_video_predictor(ckpt_path=str(path), device="cpu", **self.builder)
 
-        def logits(image: Tensor, boxes: Tensor) -> Tensor:
-            return _answer(predictor, image, boxes)
+        def logits(image: Tensor, asked: Sequence[Prompts]) -> list[Tensor]:
+            found = predictor.forward_image(image)["backbone_fpn"]
+            return [_answer(predictor, found, prompts) for prompts in asked]
 
-        def follow(frames: Sequence[np.ndarray], boxes: Tensor) -> tuple[Tensor, Tensor]:
-            return _follow(predictor, frames, boxes)
+        def follow(frames: Sequence[np.ndarray], boxes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+            return _follow(predictor, frames, boxes, mask)
 
-        return VideoConsumer(logits, follow)
+        return VideoConsumer(logits, follow, predictor)
 
 
 def _differing(one: SAM2Shape, other: SAM2Shape) -> list[str]:
     return [name for name, size in vars(one).items() if getattr(other, name) != size]
 
 
-def _answer(predictor: Any, image: Tensor, boxes: Tensor) -> Tensor:
-    """Boxes as SAM2ImagePredictor asks them: logits (Q, h, w), before it cuts them off at ±32."""
-    found = predictor.forward_image(image)
-    high, middle, top = found["backbone_fpn"]
-    corners = torch.tensor([[2, 3]], dtype=torch.int32).expand(len(boxes), 2)
-    sparse, dense = predictor.sam_prompt_encoder(points=(boxes.reshape(-1, 2, 2), corners), boxes=None, masks=None)
+def _answer(predictor: Any, features: Sequence[Tensor], asked: Prompts) -> Tensor:
+    """Prompts as SAM2ImagePredictor asks them: logits (Q, h, w), before it cuts them off at ±32."""
+    high, middle, top = features
+    if asked.boxes is not None:
+        points, labels = asked.boxes.reshape(-1, 2, 2), torch.tensor([[2, 3]]).expand(len(asked), 2)
+    else:
+        assert asked.points is not None and asked.labels is not None
+        points, labels = asked.points, asked.labels
+    start = None if asked.masks is None else asked.masks[:, None]
+    sparse, dense = predictor.sam_prompt_encoder(points=(points, labels.int()), boxes=None, masks=start)
     masks: Tensor = predictor.sam_mask_decoder(
         image_embeddings=top + predictor.no_mem_embed.reshape(1, -1, 1, 1),
         image_pe=predictor.sam_prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense,
         multimask_output=False,
-        repeat_image=len(boxes) > 1,
+        repeat_image=len(asked) > 1,
         high_res_features=[high, middle],
     )[0]
     return masks[:, 0]
 
 
-def _follow(predictor: Any, frames: Sequence[np.ndarray], boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes in the first frame, followed through all of them with the predictor's own loader and loop."""
+def _follow(predictor: Any, frames: Sequence[np.ndarray], boxes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes and a mask in the first frame, followed through all of them with the predictor's own loader and loop."""
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stderr(io.StringIO()),  # its progress bars
@@ -168,5 +174,6 @@ def _follow(predictor: Any, frames: Sequence[np.ndarray], boxes: Tensor) -> tupl
         state = predictor.init_state(folder)
         for number, box in enumerate(boxes):
             predictor.add_new_points_or_box(state, frame_idx=0, obj_id=number, box=box.numpy())
+        predictor.add_new_mask(state, frame_idx=0, obj_id=len(boxes), mask=mask)
         masks = [found[:, 0].clone() for _, _, found in predictor.propagate_in_video(state)]
     return state["images"], torch.stack(masks)

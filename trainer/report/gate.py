@@ -60,8 +60,8 @@ def gate_section(exports: Sequence[dict[str, Any]]) -> str:
         )
         for export in exports
     ]
-    reasons = [(export["format"], reason(export)) for export in exports]
-    notes = "".join(f"<li>{code(name)}: {text(why)}</li>" for name, why in reasons if why)
+    lines = [(export["format"], line) for export in exports for line in (_compared(export), reason(export))]
+    notes = "".join(f"<li>{code(name)}: {text(line)}</li>" for name, line in lines if line)
     explained = (
         '<p class="note">An export is verified when the tool that it is for has loaded it with its own loader and '
         "given the same logits, within the tolerance.</p>"
@@ -75,6 +75,10 @@ def gate_section(exports: Sequence[dict[str, Any]]) -> str:
 def _verified(export: dict[str, Any]) -> bool | None:
     value = export.get("verified")
     return value if isinstance(value, bool) else None
+
+
+def _compared(export: dict[str, Any]) -> str:
+    return f"compared: {export['compared']}" if export.get("compared") else ""
 
 
 def _consumer(export: dict[str, Any]) -> str:
