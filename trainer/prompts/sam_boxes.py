@@ -30,7 +30,8 @@ class SAMBoxPrompts(Prompter):
     def __init__(self, noise: float = 0.1, max_noise: float = 20.0, seed: int | None = None) -> None:
         if not (0 <= noise < float("inf") and 0 <= max_noise < float("inf")):
             raise UserError(
-                f"SAMBoxPrompts: noise {noise} is a fraction of a side and max_noise {max_noise} are pixels, >= 0"
+                f"{type(self).__name__}: noise {noise} is a fraction of a side and max_noise {max_noise} are pixels, "
+                ">= 0"
             )
         self.noise, self.max_noise, self.seed = noise, max_noise, run_seed(seed)
 
@@ -44,11 +45,18 @@ class SAMBoxPrompts(Prompter):
         if epoch is not None:
             drawn = np.zeros((len(truth), 4), dtype=np.float32)
             for row, draw in enumerate(truth.draws):
-                drawn[row] = stream(self.seed, "box_noise", epoch, *draw).standard_normal(4)
+                drawn[row] = self._draw(stream(self.seed, "box_noise", epoch, *draw))
             sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-            moves = (torch.from_numpy(drawn).to(boxes) * self.noise * sides).clamp(-self.max_noise, self.max_noise)
-            boxes = moved(boxes, moves, truth.sizes)
+            boxes = moved(boxes, self._moves(torch.from_numpy(drawn).to(boxes), sides), truth.sizes)
         return [Prompts(truth.image_index, boxes=boxes, rows=torch.arange(len(truth)))]
+
+    def _draw(self, generator: np.random.Generator) -> np.ndarray:
+        """Four random numbers, one for each coordinate."""
+        return generator.standard_normal(4)
+
+    def _moves(self, drawn: Tensor, sides: Tensor) -> Tensor:
+        """How far coordinates move, by what was drawn and the lengths of their sides: (Q, 4) each."""
+        return (drawn * self.noise * sides).clamp(-self.max_noise, self.max_noise)
 
 
 def moved(boxes: Tensor, moves: Tensor, sizes: Tensor) -> Tensor:
