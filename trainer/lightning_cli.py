@@ -33,7 +33,7 @@ from trainer.callbacks import (
 )
 from trainer.callbacks.ema import EvaluateAverage, check_average
 from trainer.modules.optimization import check_clipping
-from trainer.recipe import changes, check_class, check_content, check_recipe, explain, names_something_in
+from trainer.recipe import changes, check_class, check_content, check_recipe, explain, names_something_in, shown
 from trainer.restore import Weights, average_of, check_fit, find_checkpoint, read_checkpoint
 from trainer.run import Run
 
@@ -224,7 +224,7 @@ class RecipeCLI(LightningCLI):
         for key, (old, new) in sorted(changed.items()):
             if fixes_a_training(key) and old != new:
                 raise UserError(
-                    f"cannot go on with another {key}: {_shown(old)} in {before.recipe}, now {_shown(new)}; set it "
+                    f"cannot go on with another {key}: {shown(old)} in {before.recipe}, now {shown(new)}; set it "
                     "back, or start in another trainer.default_root_dir"
                 )
 
@@ -301,12 +301,6 @@ def _fixed_data(recipe: dict[str, Any]) -> dict[str, Any]:
     """What decides on the samples of a step, by dotted key: mappings are one value, since null may take their place."""
     arguments = (recipe.get("data") or {}).get("init_args") or {}
     return {f"data.init_args.{name}": arguments[name] for name in _FIXED_DATA if name in arguments}
-
-
-def _shown(value: Any) -> str:
-    """A value of a recipe in a few words; of a class its name."""
-    text = str(value.get("class_path", value) if isinstance(value, dict) else value)
-    return text if len(text) < 80 else text[:79] + "…"
 
 
 def fixes_a_training(key: str) -> bool:

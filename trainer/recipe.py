@@ -309,6 +309,12 @@ def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]
         yield from changes(one, other, f"{key}.{name}" if key else name)
 
 
+def shown(value: Any) -> str:
+    """A value of a recipe in a few words; of a class its name."""
+    text = str(value.get("class_path", value) if isinstance(value, Mapping) else value)
+    return text if len(text) < 80 else text[:79] + "…"
+
+
 def dotted_keys(node: Any, key: str = "") -> Iterator[str]:
     """Every key of a recipe at any depth, dotted; what is inside of a list is a value."""
     if isinstance(node, Mapping):

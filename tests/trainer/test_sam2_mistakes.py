@@ -340,7 +340,7 @@ def test_a_run_goes_on_with_its_own_clips_and_changes(attempt: Try) -> None:
         ({f"{MODEL}.variant": "tiny"}, f"{MODEL}.variant: .*embed_dim.* now tiny"),
         ({TUNING: tuning("Full", freeze=["image_encoder"])}, f"{TUNING}: None in .*, now trainer.tuning.FullTuning"),
         ({f"{MODEL}.variant": shape(memories=5)}, f"{MODEL}.variant.memories: 7"),
-        (augmentation(flip=0.3), f"{MODULE}.augmentation: None in .*, now {'flip': 0.3, .*…"),
+        (augmentation(flip=0.3), f"{MODULE}.augmentation: None in .*, now {{'flip': 0.3, .*…"),
         ({PROMPTS: clicks}, f"{PROMPTS}: None in .*, now trainer.prompts.*ClickPrompts"),
         ({f"{MODEL}.memory": {"class_path": "trainer.models.sam2_sorting.SelfSortingMemory"}},
          f"{MODEL}.memory: None in .*, now trainer.models.sam2_sorting.SelfSortingMemory"),

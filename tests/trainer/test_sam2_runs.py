@@ -67,7 +67,8 @@ def smaller(recipe: Path, shards: Path, path: Path, **trainer: Any) -> list[Any]
         "checkpoint": {"every_n_steps": 1},
     }
     path.write_text(yaml.safe_dump(part))
-    return ["-c", recipe, "-c", SMALL, "-c", path]
+    small = [] if recipe.stem == "tiny" else ["-c", SMALL]  # which is of that size itself
+    return ["-c", recipe, *small, "-c", path]
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -128,11 +129,13 @@ def test_every_recipes_cpu_twin_trains_and_is_evaluated(
     run = tmp_path / "run"
     losses = [float(row["loss"]) for row in rows(run / "trace.csv")]
     assert len(losses) == 2 and all(math.isfinite(loss) and loss > 0 for loss in losses)
-    assert {int(row["step"]) for row in rows(run / "validation.csv")} == {0, 1, 2}, "the untouched model is the first"
+    first = 1 if recipe.stem == "tiny" else 0  # of the others, the untouched model is validated too
+    assert {int(row["step"]) for row in rows(run / "validation.csv")} == set(range(first, 3))
     last = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     moments = [state["exp_avg_sq"] for state in last["optimizer_states"][0]["state"].values()]
     assert sum(bool(moment.any()) for moment in moments) > 0.8 * len(moments) > 20, "nearly all that learns has moved"
-    code, _, error = trainer_command("test", *files, "--ckpt_path", "best")
+    kept = "last" if recipe.stem == "tiny" else "best"
+    code, _, error = trainer_command("test", *files, "--ckpt_path", kept)
     assert code == 0, error
     record = json.loads((run / "evaluation/tuned/evaluation.json").read_text())
     assert record["targets"] == len(rows(run / "evaluation/tuned/per_case.csv")) > 3
@@ -381,6 +384,12 @@ def test_an_evaluation_on_two_ranks_is_that_on_one(shards: Path, tmp_path: Path,
 # --- (e) passes
 
 
+def without_squares(batch: TripletBatch) -> TripletBatch:
+    """The second volume has one object, the first two."""
+    where = enumerate(zip(batch.terms, batch.image_index.tolist(), strict=True))
+    return without(batch, [row for row, (term, image) in where if term == "square" and batch.keys[image] > "v1"])
+
+
 @pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
 @pytest.mark.parametrize("anchor", ["first", "middle", "ends"])
 def test_a_step_in_two_passes_is_a_step_in_one(anchor: str, augmented: bool, shards: Path) -> None:
@@ -392,7 +401,7 @@ def test_a_step_in_two_passes_is_a_step_in_one(anchor: str, augmented: bool, sha
         for cut in ([[1, LENGTH]], [[1], [LENGTH]]):
             made.zero_grad()
             for positions in cut:
-                batch = clips(shards / "train", positions, anchor=anchor)
+                batch = without_squares(clips(shards / "train", positions, anchor=anchor))
                 (made.loss_of(batch, epoch) / len(cut)).backward()
             found.append(gradients(made))
         assert len(found[0]) > 100 and apart(*found) < 1e-5
@@ -483,12 +492,15 @@ def test_bf16_mixed_learns_finite_numbers(memory: bool, shards: Path, tmp_path: 
 # --- (h) plans
 
 
-@pytest.mark.parametrize("name", ["flare22_tiny", "medsam2", "lora"])
+@pytest.mark.parametrize("name", ["flare22_tiny", "medsam2"])
 def test_a_plan_has_its_table_of_memory(name: str, tmp_path: Path, trainer_command: Command) -> None:
     tiny = tmp_path / "tiny.yaml"
-    part = {"model": {"init_args": {"model": {"init_args": {"variant": SHAPE_ARGUMENTS, "image_size": SIDE}}}}}
+    part: dict[str, Any] = {
+        "model": {"init_args": {"model": {"init_args": {"variant": SHAPE_ARGUMENTS, "image_size": SIDE}}}}
+    }
     if name != "flare22_tiny":
-        part["data"] = {"init_args": {"clip_length": 3}}
+        part["data"] = {"init_args": {"clip_length": 2}}
+        part["model"]["init_args"]["prompts"] = {"init_args": {"corrections": 1}}
     tiny.write_text(yaml.safe_dump(part))
     code, out, error = trainer_command(
         "plan", "-c", REPOSITORY / f"recipes/sam2/{name}.yaml", "-c", SMALL, "-c", tiny, "--json", "-"
@@ -498,5 +510,5 @@ def test_a_plan_has_its_table_of_memory(name: str, tmp_path: Path, trainer_comma
     assert not plan["notes"], "no table of memory"
     table = {(row["images"], row["prompts"]): row["bytes"] for row in plan["memory_at"]}
     assert table[8, 16] > table[2, 4] > table[1, 1] > plan["memory_bytes"]["total"]
-    assert plan["step"]["frames"] == (1 if name == "flare22_tiny" else 3)
+    assert plan["frames"] == (1 if name == "flare22_tiny" else 2)
     assert 0 < plan["learning"] <= plan["parameters"]

@@ -154,6 +154,31 @@ class TestPredict:
         assert code == 0, error
         assert (load(out)[:, 46] == drawing()[:, 46]).all()  # only the ball is there
 
+    def test_its_own_pictures_are_no_frames(self, scene: Path, tmp_path: Path, trainer_command: Command) -> None:
+        frames = tmp_path / "frames"
+        frames.mkdir()
+        noise = np.random.default_rng(0).integers(0, 255, (3, 40, 40), dtype=np.uint8)
+        for number, picture in enumerate(noise):
+            Image.fromarray(picture).save(frames / f"{number}.png")
+        command = (
+            "predict", "--volume", frames, "--recipe", scene / "medsam.yaml", "--box", "1:8,8,30,30",
+        )  # fmt: skip
+        code, _, error = trainer_command(*command, "--out", frames / "a.npz")
+        assert (code, error) == (0, "")
+        assert {file.name for file in frames.iterdir()} >= {"a.png", "a.predict.json", "a.npz"}
+        # another picture that its record names, one of an older record's name, and a frame of the user's
+        other = ("--out", frames / "b.npz", "--picture", frames / "sheet.png")
+        code, _, error = trainer_command(*command, *other)
+        assert code == 0 and "a.png: made by `trainer predict`" in error
+        Image.fromarray(noise[0]).save(frames / "old.png")
+        (frames / "old.predict.json").write_text("{")
+        code, said, error = trainer_command(*command, "--out", tmp_path / "c.npz")
+        assert code == 0 and "3 slices in" in said
+        assert f"{frames}: a.png, old.png, sheet.png: made by `trainer predict`" in error
+        assert json.loads((tmp_path / "c.predict.json").read_text())["size"] == [3, 40, 40]
+        Image.fromarray(noise[0]).save(frames / "3.png")
+        assert "4 slices in" in trainer_command(*command, "--out", tmp_path / "d.npz")[1]
+
     def test_sam2_follows_through_its_memory(self, scene: Path, tmp_path: Path, trainer_command: Command) -> None:
         pytest.importorskip("sam2")
         from tiny_sam2 import SHAPE_ARGUMENTS, SIDE
@@ -218,8 +243,27 @@ class TestEvaluate:
         row = json.loads((out / "evaluation.json").read_text())["objects"][0]
         bar = drawing() == 2
         assert row["object"] == "label 2" and row["voxels"] == bar[6].sum()
-        assert row["dsc"] == pytest.approx(2 / 7) and row["dsc_unprompted"] == 0  # one of its six slices
-        assert row["hd95"] == pytest.approx(3 * SPACING[0])  # slice 3 is three slices away
+        # of its six slices one is wanted, and no other is left
+        assert row["dsc"] == 1 and row["dsc_unprompted"] is None and row["nsd_unprompted"] is None
+        assert row["hd95"] == 0 and row["voxels_truth"] == bar[6].sum() and row["slices_truth"] == 1
+
+    def test_only_what_is_wanted_is_scored(self, scene: Path, tmp_path: Path, trainer_command: Command) -> None:
+        out = tmp_path / "eval"
+        code, said, error = trainer_command(
+            "evaluate", "--volume", scene / "image.nii.gz", "--truth", scene / "truth.nii.gz", "--labels", "1=ball",
+            "--recipe", scene / "medsam.yaml", "--prompt", "mask", "--first", 5, "--last", 7, "--out", out,
+        )  # fmt: skip
+        assert code == 0, error
+        content = json.loads((out / "evaluation.json").read_text())
+        (row,), truth = content["objects"], drawing() == 1
+        assert content["scored"] == {"first": 5, "last": 7}
+        assert "scored: slices 5 to 7 of 0 to 11" in said
+        # the disc of slice 6 copied into slices 5 and 7, by hand; slices 2 to 4 and 8 to 10 are no misses
+        area, rest = truth[6].sum(), truth[5].sum() + truth[7].sum()
+        assert (row["slices_truth"], row["voxels_truth"]) == (3, area + rest)
+        assert row["copy_dsc"] == pytest.approx(2 * (area + rest) / (3 * area + area + rest))
+        assert row["copy_dsc_unprompted"] == pytest.approx(2 * rest / (2 * area + rest))
+        assert row["copy_nsd"] == 1, "the discs differ by less than the 2 mm that are forgiven"
 
     def test_points(self, scene: Path, tmp_path: Path, trainer_command: Command) -> None:
         out = tmp_path / "eval"
@@ -309,6 +353,8 @@ class TestMistakes:
         assert "--device cuda:99: this machine has" in refused("--box", BALL, "--device", "cuda:99")
         assert "is no run" in refused("--box", BALL, "--initial", tmp_path)
         assert "margin -1" in refused("--box", BALL, "--margin", -1)
+        assert refused("--box", BALL, "--margin", -1) == "trainer: error: --margin -1: 0 pixels or more"
+        assert refused("--box", BALL, "--at-once", 0) == "trainer: error: --at-once 0: 1 object or more"
         assert "unexpected '--boxes'; did you mean '--box'" in refused("--boxes", BALL)
 
     def test_outputs(self, refused: Callable[..., str], scene: Path, tmp_path: Path) -> None:

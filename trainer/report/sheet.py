@@ -43,19 +43,24 @@ def draw_sheet(panels: Sequence[Panel], title: str) -> Image.Image:
     return sheet
 
 
+def cropped(image: np.ndarray, crop: Crop, side: int, paper: str) -> Image.Image:
+    """A window of an image (H, W) or (H, W, 3), enlarged to a square of `side` pixels on paper of some colour."""
+    height, width = image.shape[:2]
+    x0, y0 = max(crop.x, 0), max(crop.y, 0)
+    x1, y1 = min(crop.x + crop.side, width), min(crop.y + crop.side, height)
+    scale = side / crop.side
+    part = Image.fromarray(np.ascontiguousarray(image[y0:y1, x0:x1])).convert("RGB")
+    size = (max(1, round((x1 - x0) * scale)), max(1, round((y1 - y0) * scale)))
+    picture = Image.new("RGB", (side, side), paper)
+    corner = (round((x0 - crop.x) * scale), round((y0 - crop.y) * scale))
+    picture.paste(part.resize(size, Image.Resampling.BILINEAR), corner)
+    return picture
+
+
 def draw_tile(panel: Panel) -> Image.Image:
     """Draw one panel, cropped as in the report, `TILE` pixels wide and high."""
     crop = crop_of(Choice("", None, panel))
-    height, width = panel.truth.shape
-    x0, y0 = max(crop.x, 0), max(crop.y, 0)
-    x1, y1 = min(crop.x + crop.side, width), min(crop.y + crop.side, height)
-    scale = TILE / crop.side
-    part = Image.fromarray(np.ascontiguousarray(panel.image[y0:y1, x0:x1])).convert("RGB")
-    size = (max(1, round((x1 - x0) * scale)), max(1, round((y1 - y0) * scale)))
-    tile = Image.new("RGB", (TILE, TILE), _EMPTY)
-    tile.paste(
-        part.resize(size, Image.Resampling.BILINEAR), (round((x0 - crop.x) * scale), round((y0 - crop.y) * scale))
-    )
+    tile = cropped(panel.image, crop, TILE, _EMPTY)
     draw = ImageDraw.Draw(tile)
     for mask, colour in ((panel.truth, _TRUTH), (panel.prediction, _PREDICTION)):
         _draw_outlines(draw, mask, crop, colour)

@@ -17,7 +17,7 @@ from trainer.metrics import volume_scores
 from trainer.run import write_json
 from trainer.segment.asking import MIDDLE, named, parse_labels, parse_slice
 from trainer.segment.kept import KeptMasks
-from trainer.segment.session import Session, add_shared_arguments
+from trainer.segment.session import Session, add_shared_arguments, tell
 from trainer.volumes.asked import Asked, Kind, check_asked, shown
 from trainer.volumes.propagation import copied
 from trainer.volumes.scan import Scan, open_labels
@@ -27,7 +27,9 @@ USAGE = "trainer evaluate --volume IMAGE --truth LABELS (--run RUN | --recipe RE
 DESCRIPTION = """\
 Show each object of a volume on one slice, with a prompt made of the truth there, segment it in all slices, and score
 that in 3D: overlap (DSC) and surface (NSD), over all slices and over those that were not shown, beside what copying the
-true mask of that slice into every other one would give.
+true mask of that slice into every other one would give. With --first and --last what lies outside is not scored. For
+the slices that were not shown the shown one is cut out, and its neighbours touch there: their NSD is of what is joined
+so.
 
   trainer evaluate --volume ct.nii.gz --truth organs.nii.gz --labels 1=liver,2=spleen --run runs/organs --out eval/ct
   trainer evaluate --volume ct.nii.gz --truth organs.nii.gz --recipe RECIPE --initial runs/medsam --out eval/two
@@ -65,6 +67,7 @@ def evaluate_volume(arguments: list[str]) -> int:
         ]
         content = {
             **session.describe(loaded, initial, asked),
+            "scored": {"first": session.first, "last": session.last},
             "truth": str(values.truth),
             "prompt": kind,
             "tolerance_mm": values.tolerance,
@@ -122,6 +125,7 @@ def _kind(values: argparse.Namespace) -> Kind:
 def _truths(values: argparse.Namespace, scan: Scan) -> tuple[dict[int, str], KeptMasks]:
     """The objects' names by their labels, and their true masks."""
     with open_labels(values.truth, scan) as labels:
+        tell(labels)
         present = sorted(
             {int(value) for number in range(len(scan)) for value in np.unique(labels.raw(number)) if value}
         )
@@ -173,38 +177,42 @@ def _row(
     truths: KeptMasks,
     tolerance: float,
 ) -> dict[str, Any]:
-    """Scores of one object; unprompted slices are those that are left when the shown one is taken out."""
-    spacing, depth = session.spacing, len(session.scan)
-    truth, found = truths.volume(place, depth), kept.volume(place, depth)
-    copy = np.zeros_like(truth)
-    for number, masks, _ in copied([drawn], session.first, session.last):
-        copy[number] = masks[0]
+    """Scores of one object in the slices that are wanted.
+
+    Unprompted slices are those that are left when the shown one is cut out. Its neighbours touch there:
+    ``nsd_unprompted`` is of the surface of what is joined so, with no gap of a slice in it. Where no other slice is
+    wanted, these scores are None.
+    """
+    spacing, depth, wanted = session.spacing, len(session.scan), slice(session.first, session.last + 1)
+    truth, found = truths.volume(place, depth)[wanted], kept.volume(place, depth)[wanted]
+    copy = np.stack([masks[0] for _, masks, _ in copied([drawn], session.first, session.last)])
     row: dict[str, Any] = {
         "object": drawn.name,
         "label": value,
         "slice": drawn.slice,
-        "slices_truth": len(truths.areas(place)),
+        "slices_truth": int(truth.any(axis=(1, 2)).sum()),
         "voxels_truth": int(truth.sum()),
         "voxels": int(found.sum()),
     }
-    others = [np.delete(volume, drawn.slice, axis=0) for volume in (truth, found, copy)]
+    others = [np.delete(volume, drawn.slice - session.first, axis=0) for volume in (truth, found, copy)]
     for prefix, whole, rest in (("", found, others[1]), ("copy_", copy, others[2])):
         all_slices = volume_scores(whole, truth, spacing, tolerance)
-        unprompted = volume_scores(rest, others[0], spacing, tolerance)
+        unprompted = volume_scores(rest, others[0], spacing, tolerance) if len(rest) else None
         row |= {
             f"{prefix}dsc": all_slices.dsc,
-            f"{prefix}dsc_unprompted": unprompted.dsc,
+            f"{prefix}dsc_unprompted": unprompted.dsc if unprompted else None,
             f"{prefix}nsd": all_slices.nsd,
-            f"{prefix}nsd_unprompted": unprompted.nsd,
+            f"{prefix}nsd_unprompted": unprompted.nsd if unprompted else None,
         }
         if not prefix:  # infinite where nothing was found, which JSON has no number for
             row["hd95"] = all_slices.hd95 if np.isfinite(all_slices.hd95) else None
     return row
 
 
-def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Mean of each score over the objects, but not of distances, which may be infinite."""
-    return {name: float(np.mean([row[name] for row in rows])) for name in (*_SCORES[:-1], *_COPIES)}
+    names = (*_SCORES[:-1], *_COPIES)
+    return {name: None if rows[0][name] is None else float(np.mean([row[name] for row in rows])) for name in names}
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -220,13 +228,20 @@ def _print(rows: Sequence[Mapping[str, Any]], session: Session, out: Path) -> No
     table = make_table("term", "slice", "DSC", "others", "copied", "NSD", "others", "copied", "HD95")
     shown_scores = ("dsc", "dsc_unprompted", "copy_dsc_unprompted", "nsd", "nsd_unprompted", "copy_nsd_unprompted")
     for row in rows:
-        far = "–" if row["hd95"] is None else f"{row['hd95']:.1f}"
-        table.add_row(row["object"], str(row["slice"]), *(f"{row[name]:.3f}" for name in shown_scores), far)
+        scores = (_number(row[name], 3) for name in shown_scores)
+        table.add_row(row["object"], str(row["slice"]), *scores, _number(row["hd95"], 1))
     if len(rows) > 1:
         means = _means(rows)
-        table.add_row("mean", "", *(f"{means[name]:.3f}" for name in shown_scores), "", style="bold")
+        table.add_row("mean", "", *(_number(means[name], 3) for name in shown_scores), "", style="bold")
     Console().print(table)
     tolerance = f"{session.values.tolerance:g} mm"
     print(f"others: without the slice that was shown; copied: its true mask there instead. NSD at {tolerance}.")
+    whole = len(session.scan) - 1
+    outside = "" if session.last - session.first == whole else f" of 0 to {whole}; nothing outside of these counts"
+    print(f"scored: slices {session.first} to {session.last}{outside}.")
     count = session.last - session.first + 1
     print(f"{counted(count, 'slice')} in {session.seconds:.1f} s on {session.device}; written: {out}")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

@@ -14,10 +14,10 @@ from data_shards.display import check_png
 from data_shards.errors import CommandParser, UserError, counted
 from trainer.run import write_json
 from trainer.segment.asking import asked_of, masks_of, named, parse_labels, parse_slice
-from trainer.segment.session import Session, add_shared_arguments
+from trainer.segment.session import Session, add_shared_arguments, tell
 from trainer.volumes.asked import Asked, check_asked, shown
 from trainer.volumes.output import LabelWriter, check_output
-from trainer.volumes.scan import open_labels
+from trainer.volumes.scan import RECORD, open_labels
 
 USAGE = "trainer predict --volume IMAGE (--run RUN | --recipe RECIPE) PROMPTS --out FILE [OPTIONS]"
 DESCRIPTION = """\
@@ -111,6 +111,7 @@ def _asked(session: Session) -> list[Asked]:
     if not 0 <= number < len(session.scan):
         raise UserError(f"--slice {number}: {session.scan.name} has slices 0 to {len(session.scan) - 1}")
     with open_labels(values.mask, session.scan) as labels:
+        tell(labels)
         picture = labels.raw(number)
         present = [int(value) for value in np.unique(picture) if value]
         names = named(present, parse_labels(values.labels), labels, f" on slice {number}")
@@ -125,7 +126,7 @@ def _places(values: argparse.Namespace, out: Path) -> tuple[Path, Path | None]:
         UserError: One is there already, or the picture would be no PNG.
     """
     stem = re.sub(r"(\.nii)?\.[A-Za-z]+$", "", out.name)
-    record = out.with_name(f"{stem}.predict.json")
+    record = out.with_name(stem + RECORD)
     picture = None if values.no_picture else Path(values.picture or out.with_name(f"{stem}.png"))
     if picture is not None:
         check_png(picture)

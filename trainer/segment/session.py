@@ -104,8 +104,7 @@ class Session:
             spacing=spacing,
             fill=values.fill,
         )
-        for note in scan.notes:
-            print(f"trainer: note: {note}", file=sys.stderr)
+        tell(scan)
         first = 0 if values.first is None else values.first
         last = len(scan) - 1 if values.last is None else values.last
         return cls(values, scan, device, first, last)
@@ -161,6 +160,7 @@ class Session:
     def draw(self, path: Path, asked: Sequence[Asked], kept: KeptMasks, truths: KeptMasks | None = None) -> None:
         """Draw the slices that show objects and some others."""
         filled = sorted({*kept.filled(), *(truths.filled() if truths else ())})
+        filled = [number for number in filled if self.first <= number <= self.last]
         tiles = [
             Tile(
                 number,
@@ -195,6 +195,12 @@ class Session:
             "seconds": round(self.seconds, 2),
             "versions": versions(),
         }
+
+
+def tell(scan: Scan) -> None:
+    """Print what the user of a scan should be told."""
+    for note in scan.notes:
+        print(f"trainer: note: {note}", file=sys.stderr)
 
 
 def _reader_options(texts: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from trainer.report.pictures import Crop, outlines
-from trainer.report.sheet import COLUMNS, TILE
+from trainer.report.sheet import COLUMNS, TILE, cropped
 from trainer.volumes.asked import Asked, tight_box
 
 MOST_TILES = 12
@@ -123,16 +123,7 @@ def _crop(tiles: Sequence[Tile]) -> Crop:
 
 
 def _draw(tile: Tile, crop: Crop) -> Image.Image:
-    height, width = tile.image.shape[:2]
-    x0, y0 = max(crop.x, 0), max(crop.y, 0)
-    x1, y1 = min(crop.x + crop.side, width), min(crop.y + crop.side, height)
-    scale = TILE / crop.side
-    part = Image.fromarray(np.ascontiguousarray(tile.image[y0:y1, x0:x1])).convert("RGB")
-    size = (max(1, round((x1 - x0) * scale)), max(1, round((y1 - y0) * scale)))
-    picture = Image.new("RGB", (TILE, TILE), _PAPER)
-    picture.paste(
-        part.resize(size, Image.Resampling.BILINEAR), (round((x0 - crop.x) * scale), round((y0 - crop.y) * scale))
-    )
+    picture = cropped(tile.image, crop, TILE, _PAPER)
     draw = ImageDraw.Draw(picture)
     for masks, colours in ((tile.truths, (_TRUTH,)), (tile.masks, COLOURS)):
         for place, mask in enumerate(() if masks is None else masks):

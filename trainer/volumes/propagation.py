@@ -77,8 +77,10 @@ def propagate(
                 "SAM3 is asked in words, not with boxes, points and masks on a slice: its volumes are made by "
                 "`trainer predict -c RECIPE` with trainer.callbacks.VolumeRecord"
             )
-    if margin < 0 or at_once < 1:
-        raise UserError(f"margin {margin} is 0 pixels or more, at_once {at_once} is 1 object or more")
+    if margin < 0:
+        raise UserError(f"--margin {margin}: 0 pixels or more")
+    if at_once < 1:
+        raise UserError(f"--at-once {at_once}: 1 object or more")
     # a generator's body runs only when it is asked for a slice: mistakes are told before
     return _propagated(_Session(stack, margin, at_once, precision), model, list(asked), (first, last), initial)
 

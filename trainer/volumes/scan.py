@@ -15,6 +15,7 @@ Shapes: D slices, H W native height and width.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ from trainer.volumes.scan_grid import Grid, volume_axis
 from trainer.volumes.scan_intensity import fit, parse_intensity
 
 Spacing = tuple[float, float, float]
+RECORD = ".predict.json"
+"""How the name of a record ends that `trainer predict` writes beside a volume's masks."""
 
 
 class Scan:
@@ -212,12 +215,7 @@ def open_scan(
         said = ",".join(f"{step:g}" for step in own)
         scan.notes = (f"{path}: says itself that its voxels are {said} mm apart (z,y,x); --spacing wins",)
     if source.place.files and source.place.flat and path.is_dir():
-        left = len([item for item in path.iterdir() if not item.name.startswith(".")]) - len(source.place.files)
-        if left:
-            scan.notes = (
-                *scan.notes,
-                f"{path}: {counted(left, 'entry', 'entries')} of it that are no pictures: ignored",
-            )
+        scan.notes = (*scan.notes, *_left_out(path, len(source.place.files)))
     try:
         scan.fit(rule)
     except BaseException:
@@ -242,14 +240,45 @@ def _source(path: Path, axis: Axis, options: dict[str, Any]) -> sources.Source:
     return sources.series(sources.Place(grid, axis, grid.spacing(), layout=layout))
 
 
+def _left_out(folder: Path, count: int) -> list[str]:
+    """What of a folder is no frame of `count`, in words."""
+    made = sorted((item.name for item in made_in(folder)), key=lambda name: sources.natural(Path(name)))
+    left = len([item for item in folder.iterdir() if not item.name.startswith(".")]) - count - len(made)
+    notes = [f"{folder}: {counted(left, 'entry', 'entries')} of it that are no pictures: ignored"] if left else []
+    if made:
+        shown = ", ".join(made[:3]) + (f" and {len(made) - 3} more" if len(made) > 3 else "")
+        notes.append(f"{folder}: {shown}: made by `trainer predict`, as *{RECORD} beside it says: no frame, left out")
+    return notes
+
+
+def made_in(folder: Path) -> set[Path]:
+    """The pictures in a folder that `trainer predict` has put there: those that a record beside them names.
+
+    A picture of a record's own name is one too, also where the record does not say so.
+    """
+    found = set()
+    for record in folder.glob(f"*{RECORD}"):
+        found.add(folder / (record.name.removesuffix(RECORD) + ".png"))
+        try:
+            content = json.loads(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        named = content.get("files") if isinstance(content, dict) else None
+        places = [Path(name) for name in named if isinstance(name, str)] if isinstance(named, list) else []
+        homes = {place.parent for place in places if place.name == record.name}  # where the folder was called something
+        found |= {folder / place.name for place in places if place.parent in homes and place.suffix.lower() == ".png"}
+    return {path for path in found if path.is_file()}
+
+
 def _pictures_in(folder: Path) -> list[Path]:
-    """Return the pictures in a folder in natural order; none where it holds DICOM.
+    """Return the pictures in a folder in natural order, but not our own; none where it holds DICOM.
 
     Raises:
         UserError: It holds both, or neither.
     """
     suffixes = tuple(suffix for suffix, reader in known_readers()[0].items() if reader is read_images)
-    files = [item for item in folder.iterdir() if item.is_file() and not item.name.startswith(".")]
+    made = made_in(folder)
+    files = [item for item in folder.iterdir() if item.is_file() and not item.name.startswith(".") and item not in made]
     pictures = [item for item in files if item.name.lower().endswith(suffixes)]
     others = [item for item in files if item not in set(pictures)]
     dicom = any(item.suffix.lower() in SUFFIXES or has_preamble(item) for item in others)
@@ -314,7 +343,7 @@ def open_labels(path: str | Path, scan: Scan, reader_options: Mapping[str, Any] 
         raise UserError(f"{path}: is no label map: its values are {'colours' if array.ndim != 3 else 'fractions'}")
     array = array.astype(np.int64) if array.dtype.kind == "f" else array
     labels = Scan(sources.Whole(sources.Place(Grid(path, ground.array.shape[2::-1]), scan.axis, None), array))
-    labels.label_names = names
+    labels.label_names, labels.notes = names, tuple(_left_out(path, len(pictures)) if pictures else ())
     return labels
 
 
