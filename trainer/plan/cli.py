@@ -32,7 +32,8 @@ usage: trainer plan RECIPE [-c OVERLAY ...] [--KEY VALUE ...] [--no-memory] [--j
 
 Print what a recipe would train: parameters by part of the model (all, and those that learn), the learning rate and
 weight decay of each, what a step and the run are made of, and the memory that it takes on a GPU.
-Nothing is read but the recipe: no weights, no data, and no GPU is needed. A model of any size takes seconds.
+Nothing is read but the recipe: no weights, no data, and no GPU is needed. A model of any size takes seconds, and
+the table of memory a minute or two where clips are clicked on.
 
   trainer plan recipes/medsam/full.yaml
   trainer plan recipes/medsam/full.yaml -c recipes/clusters/a100x20.yaml
