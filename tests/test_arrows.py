@@ -13,7 +13,13 @@ REPOSITORY = Path(__file__).parents[1]
 TRAINER_LAYERS = (
     ("trainer.cli",),
     ("trainer.plan",),
-    ("trainer.lightning_cli", "trainer.export.cli", "trainer.report.cli", "trainer.segment.cli", "trainer.evaluation.cli"),
+    (
+        "trainer.lightning_cli",
+        "trainer.export.cli",
+        "trainer.report.cli",
+        "trainer.segment.cli",
+        "trainer.evaluation.cli",
+    ),
     ("trainer.evaluation",),
     ("trainer.export", "trainer.segment"),
     ("trainer.callbacks",),
