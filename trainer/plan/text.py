@@ -26,7 +26,7 @@ def show(plan: Mapping[str, Any], console: Console) -> None:
         "question": plan["question"],
         "model": _described(plan["model"], ("weights", "weights_sha256")),
         "tuning": _described(plan["tuning"]),
-        "step": _step_text(plan["step"], plan.get("terms_per_image"), plan["frames"]),
+        "step": _step_text(plan["step"], plan.get("terms_per_image"), plan.get("frames", 1)),
         "length": _length_text(plan["length"]),
         "optimiser": _optimizer_text(plan["optimizer"], plan["precision"]),
         "memory": _memory_text(plan["memory_bytes"]),
@@ -40,7 +40,7 @@ def show(plan: Mapping[str, Any], console: Console) -> None:
 def show_memory(plan: Mapping[str, Any], console: Console) -> None:
     """Print what a pass takes by images and prompts, what fits which GPU, and the plan's notes."""
     if plan["memory_at"]:
-        what = _what(plan["frames"])
+        what = _what(plan.get("frames", 1))
         console.print(f"memory     of one GPU in all, by {what}s of a pass and prompts of each; * as in the recipe")
         console.print(_memory_table(plan))
     for note in plan["notes"]:
@@ -54,16 +54,17 @@ def _memory_table(plan: Mapping[str, Any]) -> Table:
     table.add_column("")
     for column in columns:
         table.add_column(_counted(column, "prompt", column == plan["prompts_per_image"]), justify="right")
+    what = _what(plan.get("frames", 1))
     for row in rows:
         own = row == plan["step"]["micro_batch"]
-        table.add_row(_counted(row, _what(plan["frames"]), own), *(_bytes(sizes[row, column]) for column in columns))
+        table.add_row(
+            _counted(row, _what(plan.get("frames", 1)), own), *(_bytes(sizes[row, column]) for column in columns)
+        )
     table.add_section()
     for number, card in enumerate(CARDS):
         if number and max(sizes.values()) <= USABLE * CARDS[number - 1] * 2**30:
             break  # all fits the smaller one
-        table.add_row(
-            f"{_what(plan['frames'])}s in {card} GB", *(_most(sizes, rows, column, card) for column in columns)
-        )
+        table.add_row(f"{what}s in {card} GB", *(_most(sizes, rows, column, card) for column in columns))
     return table
 
 
