@@ -57,9 +57,7 @@ def _memory_table(plan: Mapping[str, Any]) -> Table:
     what = _what(plan.get("frames", 1))
     for row in rows:
         own = row == plan["step"]["micro_batch"]
-        table.add_row(
-            _counted(row, _what(plan.get("frames", 1)), own), *(_bytes(sizes[row, column]) for column in columns)
-        )
+        table.add_row(_counted(row, what, own), *(_bytes(sizes[row, column]) for column in columns))
     table.add_section()
     for number, card in enumerate(CARDS):
         if number and max(sizes.values()) <= USABLE * CARDS[number - 1] * 2**30:
