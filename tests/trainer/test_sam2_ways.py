@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from linear_methods import LINEAR_METHODS
 from torch import Tensor
 
 pytest.importorskip("sam2")
@@ -28,29 +29,17 @@ from trainer.modules import SAM2Module
 from trainer.prompts import BoxPrompts, ClickPrompts, Prompts
 from trainer.tuning import (
     AdaptFormerTuning,
-    FacTTuning,
-    FrozenEncoderTuning,
     FullTuning,
     HoulsbyTuning,
     LeSAMTuning,
     LoRATuning,
     MedicalSAMAdapterTuning,
-    SAMedTuning,
-    SelectiveTuning,
-    SSFTuning,
     Tuning,
     VisualPromptTuning,
 )
 
 METHODS: dict[str, Callable[[], Tuning]] = {
-    "full": lambda: FullTuning(layer_decay=0.9),
-    "frozen_encoder": FrozenEncoderTuning,
-    "selective": lambda: SelectiveTuning(norms=True, biases=True, patch_embedding=True, last_blocks=1),
-    "lora": lambda: LoRATuning(rank=2, alpha=6),
-    "dora": lambda: LoRATuning(rank=2, dora=True, rslora=True),
-    "samed": lambda: SAMedTuning(rank=2),
-    "fact": lambda: FacTTuning(rank=3, scale=0.5),
-    "ssf": SSFTuning,
+    **LINEAR_METHODS,
     "houlsby": lambda: HoulsbyTuning(bottleneck=4),
     "medical_sam_adapter": MedicalSAMAdapterTuning,
     "lesam": LeSAMTuning,

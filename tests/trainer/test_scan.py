@@ -1,7 +1,6 @@
 import gzip
 import itertools
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import yaml
+from one_line import message
 from PIL import Image
 from toy_dicom import AXIAL, ORIGIN, SPACING, make_seg, make_series, save, toy_array, write_enhanced, write_series
 
 from data_shards.build import build
 from data_shards.dataset import ShardDataset
-from data_shards.errors import UserError
 from data_shards.preprocessing import Axis, Percentiles, Window, cut
 from data_shards.readers import read_volume
 from trainer.volumes.scan import open_labels, open_scan, parse_spacing
@@ -44,15 +43,6 @@ def patch(path: Path, place: int, data: bytes) -> Path:
     content[place : place + len(data)] = data
     path.write_bytes(bytes(content))
     return path
-
-
-def message(call: Callable[[], Any]) -> str:
-    """The one line of a user's mistake."""
-    with pytest.raises(UserError) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 # --- what a slice looks like

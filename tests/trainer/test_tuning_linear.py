@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-from collections.abc import Callable
 
 import pytest
 import torch
 from encoders import BLOCKS, FAMILIES, SIDES, learning, logits, make
+from linear_methods import LINEAR_METHODS as METHODS
 from torch import Tensor
 
 from trainer.models import MedSAM, SegmentationModel
@@ -18,7 +18,6 @@ from trainer.prompts import Prompts
 from trainer.tuning import (
     FacTTuning,
     FrozenEncoderTuning,
-    FullTuning,
     LoRATuning,
     SAMedTuning,
     SelectiveTuning,
@@ -26,16 +25,6 @@ from trainer.tuning import (
     Tuning,
 )
 
-METHODS: dict[str, Callable[[], Tuning]] = {
-    "full": lambda: FullTuning(layer_decay=0.9),
-    "frozen_encoder": FrozenEncoderTuning,
-    "selective": lambda: SelectiveTuning(norms=True, biases=True, patch_embedding=True, last_blocks=1),
-    "lora": lambda: LoRATuning(rank=2, alpha=6),
-    "dora": lambda: LoRATuning(rank=2, dora=True, rslora=True),
-    "samed": lambda: SAMedTuning(rank=2),
-    "fact": lambda: FacTTuning(rank=3, scale=0.5),
-    "ssf": SSFTuning,
-}
 ADDING = ("lora", "dora", "samed", "fact", "ssf")
 """Methods that put parts in, and fold them into the weights."""
 

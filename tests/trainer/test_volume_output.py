@@ -3,7 +3,7 @@ import itertools
 import json
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from one_line import message
 from PIL import Image
 from toy_dicom import save, toy_array, write_enhanced, write_series
 
-from data_shards.errors import UserError
 from data_shards.preprocessing import Axis
 from data_shards.readers import Ground, read_drawing, read_mask, read_volume
 from trainer.volumes.output import LabelWriter, check_output
@@ -72,15 +72,6 @@ def segment(path: Path, out: Path, axis: Axis = "axial", **options: Any) -> Labe
         for number, masks in things(scan):
             writer.put(number, masks)
     return writer
-
-
-def message(call: Callable[[], Any]) -> str:
-    """The one line of a user's mistake."""
-    with pytest.raises(UserError) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 # --- NIfTI
