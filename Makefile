@@ -1,12 +1,13 @@
 # Everything that a fresh machine with Python 3.11 or newer needs:
 #   make quickstart   the main job on real weights and a real image, to runs/quickstart/report.html
 #   make test         the whole test suite
+#   make faults       kill, starve and deceive runs in a few hundred ways; the table is benchmarks/results/faults.md
 # Finished steps are kept; `make clean-quickstart` forgets the run, `make clean` the environment too.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format clean clean-quickstart
+.PHONY: help quickstart test faults lint format clean clean-quickstart
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.14,\
   $(if $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo yes),$(p))))
@@ -72,6 +73,9 @@ $(RUN)/report.html: $(RUN)/evaluation/untouched/per_case.csv $(RUN)/evaluation/t
 
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest
+
+faults: $(VENV)/.dev
+	@$(BIN)/python tests/faults/run.py --out benchmarks/results/faults.md
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

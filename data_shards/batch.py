@@ -59,6 +59,9 @@ class TripletBatch:
         kinds: Q kinds of targets: ``semantic`` (all of the term in its image) or ``instance`` (one of several).
         synonyms: For each target the other names of its term.
         skipped: Samples that belong here and could not be read.
+        counted: In training what the loss is divided by: images (of clips: clips) with a target that a batch of this
+            optimiser step has on average, over all its batches on all ranks; damaged ones count too. Divided by their
+            own number instead, images in a batch with few of them would count for more. None outside of a training.
     """
 
     images: list[Tensor]
@@ -80,6 +83,7 @@ class TripletBatch:
     kinds: list[str] = field(default_factory=list)
     synonyms: list[tuple[str, ...]] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    counted: float | None = None
 
     def __len__(self) -> int:
         return len(self.images)

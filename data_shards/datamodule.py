@@ -150,6 +150,7 @@ class TripletDataModule(LightningDataModule):
             self._say_what_is_left_out()
             if "val" not in self.shards:
                 self.trainer.limit_val_batches = 0  # otherwise Lightning wonders about an empty loader
+            self._check_interval()
 
     def accumulation(self, world: int) -> int:
         """Micro-batches in one optimiser step on each of `world` ranks."""
@@ -216,7 +217,9 @@ class TripletDataModule(LightningDataModule):
     def _train_sampler(self) -> GlobalOrderSampler:
         rank, world = self._rank()
         order = self._train_order()
-        return GlobalOrderSampler(order, self.batch_size, self.micro_batch_size, rank, world, self.seed)
+        cut = (self.batch_size, self.micro_batch_size, rank, world)
+        counted = None if self.clip_length > 1 else with_target(self.shards["train"].index, self.kinds)
+        return GlobalOrderSampler(order, *cut, self.seed, counted)  # every clip has a target: others are not eligible
 
     def _check_limit(self) -> None:
         """Refuse an epoch that ends in the middle of a step, or that Lightning would order itself."""
@@ -228,6 +231,18 @@ class TripletDataModule(LightningDataModule):
             raise UserError(
                 f"trainer.limit_train_batches {limit}: {batches} batches are no whole steps of {passes}: "
                 f"choose a multiple of {passes}"
+            )
+
+    def _check_interval(self) -> None:
+        """Refuse validations that would never come, and those for which each rank would look at its own clock."""
+        trainer, batches = self.trainer, self._batches()
+        if getattr(trainer, "_val_check_time_interval", None) is not None and trainer.world_size > 1:
+            raise UserError("trainer.val_check_interval: ranks do not agree about a time: give a number of batches")
+        often, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
+        if isinstance(often, int) and often > batches > 0 and epochs is not None and trainer.limit_val_batches:
+            raise UserError(
+                f"trainer.val_check_interval {often}: an epoch has {batches} batches: lower it, or set "
+                "trainer.check_val_every_n_epoch to null"
             )
 
     def _say_what_is_left_out(self) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import time
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +16,9 @@ from data_shards.index import Index
 from data_shards.stores import LocalStore, open_store
 from data_shards.triplet import Triplet
 
+LOOK_SECONDS = 60.0
+"""How often an index is looked at that is in use."""
+_PUT_BACK = "put back what was there and go on, or start anew on the new data (a training in another default_root_dir)"
 _MAX_GAP = 2**16
 """Bytes between two members of a sample that are read along with them."""
 
@@ -51,6 +57,7 @@ class ShardDataset:
                 raise
             raise UserError(f"{self.root}: its {path.name} is refused ({error}): put a sound one there") from error
         self.folder = self.index.folder
+        self._next_look = time.monotonic() + LOOK_SECONDS
         layout = str(self.index.layout[0])
         try:
             self._decode = partial(foreign.decode, foreign.Layout.from_json(layout)) if layout else Triplet.decode
@@ -87,12 +94,15 @@ class ShardDataset:
             DamageError: The bytes are not those that the index recorded.
             UserError: The place of the shards cannot be read at all: no network, no rights.
         """
+        if time.monotonic() > self._next_look:
+            self._check_index()
         spans = self.index.members(number)
         start = min(offset for offset, _ in spans.values())
         stop = max(offset + size for offset, size in spans.values())
         # A foreign tar may have anything between the members.
         together = stop - start <= sum(size for _, size in spans.values()) + _MAX_GAP
         pieces = [(start, stop - start)] if together else list(spans.values())
+        shard = str(self.index.shard_names[self.index.shard[number]])
         for attempt in (1, 2):
             data = {offset: self._read(number, offset, size) for offset, size in pieces}
             members = {}
@@ -105,9 +115,10 @@ class ShardDataset:
             if crc == self.index.crc32[number] and all(len(members[name]) == spans[name][1] for name in spans):
                 return members
             if attempt == 1:  # perhaps it is only the copy that was kept
-                name = str(self.index.shard_names[self.index.shard[number]])
                 for offset, size in pieces:
-                    self._store.forget(name, offset, size)
+                    self._store.forget(shard, offset, size)
+        if self._store.changed(shard):
+            raise UserError(f"{self.shard(number)}: changed while it was in use: {_PUT_BACK}")
         raise self._damage(number, "its bytes changed since the build")
 
     def missing(self) -> Iterator[str]:
@@ -122,16 +133,32 @@ class ShardDataset:
         """Close the shards; a later read opens them again."""
         self._store.close()
 
+    def _check_index(self) -> None:
+        """Look, now and then, whether the corpus was built again while it was in use.
+
+        Samples are checked one by one, so that what is read stays right; but nobody could go on with the run.
+
+        Raises:
+            UserError: The index has another content than when it was read.
+        """
+        self._next_look = time.monotonic() + LOOK_SECONDS
+        path = self._store.index_path()
+        if self._store.changed(path.name) and path.is_file():
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != self.index.sha256:
+                    raise UserError(f"{path}: changed while it was in use: {_PUT_BACK}")
+
     def _read(self, number: int, offset: int, size: int) -> bytes:
         """Read a span of the sample's shard; shorter where the shard ends."""
         try:
             return self._store.read(str(self.index.shard_names[self.index.shard[number]]), offset, size)
         except OSError as error:
-            raise self._damage(number, f"it cannot be read ({error.strerror})") from error
+            hint = "put the shard back, then go on" if error.errno == errno.ENOENT else ""
+            raise self._damage(number, f"it cannot be read ({error.strerror})", hint) from error
         except MemoryError as error:
             raise self._damage(number, f"there is no memory for its {size} bytes") from error
 
-    def _damage(self, number: int, what: str) -> DamageError:
+    def _damage(self, number: int, what: str, hint: str = "") -> DamageError:
         here = self.root == str(self.folder)
-        hint = f"run `data-shards verify {self.root}`" if here else "copy the shard there again"
+        hint = hint or (f"run `data-shards verify {self.root}`" if here else "copy the shard there again")
         return DamageError(f"{self.shard(number)}: sample '{self.index.key(number)}' is damaged, {what}: {hint}")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from data_shards.ahead import OneAhead
@@ -15,6 +16,7 @@ from data_shards.batch import TripletBatch, collate
 from data_shards.errors import UserError, counted
 from data_shards.sampler import EvenSampler, GlobalOrderSampler
 from data_shards.views import SampleView
+from data_shards.workers import outlive_sigterm
 
 __all__ = ["SampleView", "TripletLoader"]
 
@@ -51,6 +53,8 @@ class TripletLoader:
             collate_fn=partial(collate, frames=view.frames),
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
+            worker_init_fn=outlive_sigterm,
+            generator=torch.Generator(),  # its own: starting workers draws nothing from the global one
         )
         self.steps_per_epoch: int | None = None
         """Steps after which an epoch ends, where it is known; a resumed run needs the same."""
@@ -77,9 +81,11 @@ class TripletLoader:
         if isinstance(self.sampler, GlobalOrderSampler):
             self.sampler.start = self._samples_seen()
             self._yielded = self.sampler.start // self.sampler.stride
+        per_pass = self.sampler.counted_per_pass() if isinstance(self.sampler, GlobalOrderSampler) else None
         damaged = 0
         try:
             for batch in self._timed():
+                batch.counted = None if per_pass is None else float(per_pass[self._yielded])
                 damaged += len(batch.skipped)
                 if batch.skipped:
                     self._check_damage(damaged, batch.skipped[-1].reason)

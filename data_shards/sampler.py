@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 from torch.utils.data import Sampler
 
 from data_shards.errors import UserError
@@ -41,13 +42,21 @@ class GlobalOrderSampler(Sampler[list[Draw]]):
         rank: This rank.
         world: Number of ranks.
         seed: Seed of the order.
+        counted: (N,) bool, which samples of the corpus have something to learn from; all if null.
 
     Raises:
         UserError: The batches do not divide, or there are fewer samples than one global batch.
     """
 
     def __init__(
-        self, samples: EpochOrder | int, global_batch: int, micro_batch: int, rank: int, world: int, seed: int
+        self,
+        samples: EpochOrder | int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        seed: int,
+        counted: np.ndarray | None = None,
     ) -> None:
         per_micro_step = micro_batch * world
         if global_batch % per_micro_step:
@@ -61,7 +70,7 @@ class GlobalOrderSampler(Sampler[list[Draw]]):
                 f"{len(self.order)} training samples are fewer than one batch_size of {global_batch}: lower batch_size"
             )
         self.global_batch, self.micro_batch = global_batch, micro_batch
-        self.rank, self.world, self.seed = rank, world, seed
+        self.rank, self.world, self.seed, self.counted = rank, world, seed, counted
         self.epoch = 0
         self.start = 0
         """Global samples of this epoch to leave out at the next iteration, because they were seen before."""
@@ -78,6 +87,21 @@ class GlobalOrderSampler(Sampler[list[Draw]]):
     def __len__(self) -> int:
         """Micro-batches of a whole epoch on each rank."""
         return len(self.order) // self.global_batch * self.global_batch // self.stride
+
+    def counted_per_pass(self) -> np.ndarray:
+        """Samples that count in each micro-batch of this epoch, on average over all micro-batches of its step.
+
+        A pure function of the order: every rank knows it without asking the others.
+
+        Returns:
+            (M,) float64, M being `len(self)`; those of one step have the same.
+        """
+        steps, passes = len(self.order) // self.global_batch, self.global_batch // self.stride
+        if self.counted is None:
+            return np.full(len(self), float(self.micro_batch))
+        positions, _ = self.order(self.seed, self.epoch)
+        count = self.counted[positions[: steps * self.global_batch]].reshape(steps, -1).sum(1)
+        return np.repeat(count / (passes * self.world), passes)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         """Yield micro-batches, from `start` on."""

@@ -25,6 +25,7 @@ Purpose = Literal[
     "clip_ends",
     "corrected",
     "augmentation",
+    "resumed",
 ]
 _TAGS: dict[Purpose, int] = {
     "negatives": 0x6E656761,
@@ -42,6 +43,7 @@ _TAGS: dict[Purpose, int] = {
     "clip_ends": 0x656E6473,
     "corrected": 0x636F7272,
     "augmentation": 0x6175676D,
+    "resumed": 0x72657375,
 }
 """Set streams apart from each other, and from those of orders, targets and boxes, which begin with (seed, epoch)."""
 

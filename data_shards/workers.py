@@ -27,6 +27,8 @@ Show = Callable[[int, int, int], None]
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 _POLL_SECONDS = 0.25
+_OUTLIVE_SECONDS = 30
+"""Between a SIGTERM and the end of a loader's worker."""
 
 _counts: Any = None
 """In a worker: two numbers for each task, as a `Report` gives them, shared with the parent."""
@@ -107,6 +109,18 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def outlive_sigterm(worker: int) -> None:
+    """Let a loader's worker live on for a while after SIGTERM, so that its parent can end its step with it.
+
+    Schedulers send it to every process of a job. A worker that nobody stops ends by itself.
+
+    Args:
+        worker: Its number.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_OUTLIVE_SECONDS))
 
 
 def _begin(life: Connection, threads: int, counts: Any) -> None:

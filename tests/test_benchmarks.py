@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -179,10 +180,84 @@ def matcher_is_sane(found: dict[str, Any]) -> bool:
     )
 
 
+def checkpoint_is_sane(found: dict[str, Any]) -> bool:
+    forms, ways = {"file", "folder"}, {"blocking", "background"}
+    stops = found["stop_seconds"]
+    return (
+        (found["megabytes"], found["rounds"]) == (30, 1)
+        and all(found[key].keys() == forms for key in ("step_ms", "ratio", "first_seconds"))
+        and all(found[f"{key}_seconds"].keys() == forms for key in ("stop", "lost", "complete"))
+        and all(found[f"{key}_seconds"][form].keys() == ways for key in ("stop", "lost", "complete") for form in forms)
+        and all(found["complete_seconds"][form][way] > 0 for form in forms for way in ways)
+        and positive(stops)
+        and positive([found["sha256_seconds"], found["plain_seconds"], found["step_ms"], found["first_seconds"]])
+        and all(
+            found["ratio"][form] == pytest.approx(stops[form]["blocking"] / stops[form]["background"], rel=0.01)
+            for form in forms
+        )
+    )
+
+
+def projection_is_sane(found: dict[str, Any]) -> bool:
+    """What is reckoned for DDP on 1,000 GPUs, in other words."""
+    size, ways = found["counted"]["MedSAM ViT-B"], found["projected"]["MedSAM ViT-B"]
+    compute = 4 * 2.922 / (989 * 0.35)
+    ring = 2 * 0.999 * 4 * 93_596_640 / (0.75 * 8 * 50e9)  # the cards of a node are slower together than its NVLink
+    tree = 15 * 2 * (7 * 6e-6 + 7 * 2e-6)  # 15 buckets, 2^7 nodes, 8 GPUs in each
+    step = compute + (ring + tree) / 15  # all but the last bucket hides
+    efficiencies = [way[gpus]["efficiency"] for way in ways.values() for gpus in ("8", "64", "256", "1000")]
+    return (
+        size == {"parameters": 93735728, "trainable": 93596640, "groups": 13, "tflop_per_image": 2.922}
+        and ways.keys() == {"ddp", "fsdp2", "hsdp"}
+        and ways["ddp"]["1000"]["step_seconds"] == pytest.approx(step, rel=2e-3)
+        and ways["ddp"]["1000"]["efficiency"] == pytest.approx(compute / step, rel=2e-3)
+        and all(0 < efficiency < 1 for efficiency in efficiencies)
+        and ways["fsdp2"]["1000"]["efficiency"] < ways["hsdp"]["1000"]["efficiency"]  # a ring of 1,000 takes its time
+    )
+
+
+def scaling_is_sane(found: dict[str, Any]) -> bool:
+    weak, strong, wire = (found[key] for key in ("weak", "strong", "wire"))
+    one, two = weak["ddp"]["1"], weak["ddp"]["2"]
+    return (
+        projection_is_sane(found)
+        and positive([weak, strong, wire])
+        and all(table.keys() == {"ddp", "fsdp2"} for table in (weak, strong))
+        and all(rows.keys() == {"1", "2", "4"} for table in (weak, strong) for rows in table.values())
+        and [row["images"] for row in weak["fsdp2"].values()] == [2, 4, 8]
+        and {row["images"] for row in strong["fsdp2"].values()} == {4}
+        and {one[key] for key in one if key.startswith("efficiency")} == {1}
+        and two["efficiency"] == pytest.approx(two["images_per_second"] / (2 * one["images_per_second"]), rel=1e-2)
+        and [row["counted_bytes"] for row in wire.values()] == [n * found["gradient_bytes"] for n in (2, 6)]
+        and all(
+            row["measured_bytes"] is None or row["measured_bytes"] > 0.9 * row["counted_bytes"] for row in wire.values()
+        )
+    )
+
+
+def sharded_step_is_sane(found: dict[str, Any]) -> bool:
+    """Two ways begin with the same loss, and rates follow from what a step takes."""
+    (family,) = found["families"].values()
+    plain, sharded = (family["ways"][way] for way in ("plain", "fsdp2"))
+    return (
+        (found["device"], found["steps"], family["image_size"], family["images"]) == ("CPU", 1, 64, 2)
+        and len(family["ways"]) == 2
+        and 1e6 < family["parameters"] < 1e7
+        and positive([plain, sharded])
+        and all(row["ended"] is None and None not in (row["peak_gib"], row["first_loss"]) for row in (plain, sharded))
+        and 0 <= family["largest_difference"] < 0.02
+        and sharded["first_norm"] == pytest.approx(plain["first_norm"], rel=0.02)
+        and plain["images_per_second"] == pytest.approx(2 * 1000 / plain["step_ms"], rel=0.01)
+        and sharded["images_per_second"] == pytest.approx(2 * 2 * 1000 / sharded["step_ms"], rel=0.01)
+        and (plain["devices"], sharded["devices"]) == (1, 2)
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "size", "is_sane"),
     [
         ("samples.py", ("--distinct", "5"), samples_are_sane),
+        ("checkpoint.py", ("--megabytes", "30", "--rounds", "1"), checkpoint_is_sane),
         ("shards.py", ("--volumes", "10", "--slices", "6"), shards_are_sane),
         ("index.py", ("--samples", "3000", "--repeats", "1"), index_is_sane),
         ("readers.py", ("--samples", "48"), alone_is_sane),
@@ -190,6 +265,13 @@ def matcher_is_sane(found: dict[str, Any]) -> bool:
         ("sam2_memory.py", (), sam2_memory_is_sane),
         ("sam3_step.py", ("--images", "2", "--prompts", "2", "--steps", "1"), sam3_step_is_sane),
         ("matcher.py", ("--prompts", "4", "--layers", "2", "--rounds", "1"), matcher_is_sane),
+        ("projection.py", (), projection_is_sane),
+        (
+            "sharded_step.py",
+            (*("--families", "medsam"), *("--ways", "plain", "fsdp2"), *("--devices", "2"), *("--steps", "1")),
+            sharded_step_is_sane,
+        ),
+        pytest.param("scaling.py", ("--steps", "2"), scaling_is_sane, marks=pytest.mark.slow),
         pytest.param("loader.py", ("--samples", "48"), loader_is_sane, marks=pytest.mark.slow),
     ],
 )
@@ -206,14 +288,18 @@ def test_the_last_line_is_what_the_docstring_says(name: str, size: tuple[str, ..
 
 def test_every_benchmark_is_run_above() -> None:
     assert NAMES == [
+        "checkpoint.py",
         "index.py",
         "loader.py",
         "matcher.py",
         "packed.py",
+        "projection.py",
         "readers.py",
         "sam2_memory.py",
         "sam3_step.py",
         "samples.py",
+        "scaling.py",
+        "sharded_step.py",
         "shards.py",
     ]
 
@@ -304,3 +390,38 @@ def test_a_grown_index_reads_the_samples_that_it_repeats(tmp_path: Path, modules
     assert len(follows) == 200 - 5
     assert (rows.volume[rows.following[follows]] == rows.volume[follows]).all()
     assert np.bincount(rows.modality).tolist() == [140, 50, 10]
+
+
+def test_a_way_that_ends_badly_is_a_row_and_the_others_go_on(
+    modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = modules("sharded_step")
+
+    def ends(rank: int, port: int, asked: dict[str, Any], out: str) -> None:
+        if asked["way"] == "plain":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+        if asked["way"] == "recompute":
+            os.kill(os.getpid(), signal.SIGKILL)  # as the system does where its memory runs out
+        if asked["way"] == "compile":
+            raise ValueError("no compiler here")
+        found = {"device": "CPU", "parameters": 7, "step_ms": 2.0, "images_per_second": 1.0, "first_step_seconds": 1.0}
+        Path(out, "found.json").write_text(
+            json.dumps({**found, "first_norm": 1.0, "first_loss": 2.0 if asked["way"] == "all" else 1.6})
+        )
+        Path(out, f"peak-{rank}").write_text(str(1.0 + rank))
+
+    monkeypatch.setattr(step, "rank_main", ends)
+    arguments = ["sharded_step.py", "--quick", "--families", "sam3", "--devices", "2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match=r"sam3, compile: ValueError: no compiler here\nsam3: losses differ"):
+        step.main()
+    *_, last = capsys.readouterr().out.splitlines()
+    family = strictly(last)["families"]["sam3"]
+    ways = family["ways"]
+    assert {way: row["ended"] for way, row in ways.items()} == {
+        **{"plain": "out of memory", "recompute": "out of memory", "compile": "ValueError: no compiler here"},
+        **{"fsdp2": None, "all": None},
+    }
+    assert all(ways["plain"][key] is None for key in ("step_ms", "images_per_second", "peak_gib", "first_loss"))
+    assert (ways["fsdp2"]["peak_gib"], ways["fsdp2"]["devices"]) == (2.0, 2)  # that of the fullest
+    assert family["largest_difference"] == pytest.approx(0.25)

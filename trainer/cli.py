@@ -14,16 +14,17 @@ usage: trainer COMMAND ...
 
 Fine-tune segmentation foundation models for medicine.
 
-  plan      say what a recipe trains       trainer plan recipes/medsam/full.yaml
-  fit       train from a recipe            trainer fit -c recipes/quickstart.yaml
-  validate  score the validation split     trainer validate -c RECIPE --ckpt_path last
-  test      score the test split           trainer test -c RECIPE [--ckpt_path last]
-  predict   write masks                    trainer predict -c RECIPE --ckpt_path last
-            of a whole volume              trainer predict --volume IMAGE --run RUN --box x0,y0,x1,y1 --out FILE
-  evaluate  compare models on cases        trainer evaluate PROTOCOL.yaml
-            score one on a volume          trainer evaluate --volume IMAGE --truth LABELS --run RUN --out FOLDER
-  export    write weights for other tools  trainer export RUN --to litemedsam --out FILE
-  report    write the run's report.html    trainer report RUN
+  plan         say what a recipe trains       trainer plan recipes/medsam/full.yaml
+  fit          train from a recipe            trainer fit -c recipes/quickstart.yaml
+  validate     score the validation split     trainer validate -c RECIPE --ckpt_path last
+  test         score the test split           trainer test -c RECIPE [--ckpt_path last]
+  predict      write masks                    trainer predict -c RECIPE --ckpt_path last
+               of a whole volume              trainer predict --volume IMAGE --run RUN --box x0,y0,x1,y1 --out FILE
+  evaluate     compare models on cases        trainer evaluate PROTOCOL.yaml
+               score one on a volume          trainer evaluate --volume IMAGE --truth LABELS --run RUN --out FOLDER
+  export       write weights for other tools  trainer export RUN --to litemedsam --out FILE
+  consolidate  make one file of a checkpoint  trainer consolidate RUN [--out FILE]
+  report       write the run's report.html    trainer report RUN
 
 A recipe is one YAML file; later -c files overlay earlier ones, and any key can be given on the command line:
   trainer fit -c recipes/quickstart.yaml -c recipes/overlays/wandb.yaml --trainer.max_steps 50
@@ -35,7 +36,7 @@ Mistakes in the input end with one line and exit code 2.
 """
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = ("plan", *LIGHTNING_COMMANDS, "evaluate", "export", "report")
+COMMANDS = ("plan", *LIGHTNING_COMMANDS, "evaluate", "export", "consolidate", "report")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,6 +73,10 @@ def _main(arguments: list[str]) -> int:
         from trainer.export.cli import export_command
 
         return export_command(rest)
+    if command == "consolidate":
+        from trainer.checkpoints.cli import consolidate_command
+
+        return consolidate_command(rest)
     if command == "report":
         from trainer.report.cli import report_command
 

@@ -15,35 +15,39 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from data_shards.errors import UserError
 from trainer.callbacks import (
     EvaluationRecord,
+    GracefulStop,
     PredictionRecord,
     ProgressLines,
+    RandomState,
+    RankTimes,
     RunBar,
     RunCheckpoint,
     RunRecord,
     SampleTrace,
+    StepGuard,
     Throughput,
     ValidationPanels,
     ValidationRecord,
 )
-from trainer.callbacks.ema import EvaluateAverage, check_average
+from trainer.callbacks.breakdown import ending, say
+from trainer.callbacks.ema import EMA, EvaluateAverage, check_average
+from trainer.callbacks.watch import RankWatch
 from trainer.modules.optimization import check_clipping
-from trainer.recipe import changes, check_class, check_content, check_recipe, explain, names_something_in, shown
-from trainer.restore import Weights, average_of, check_fit, find_checkpoint, read_checkpoint
+from trainer.recipe import check_class, check_content, check_recipe, explain, names_something_in
+from trainer.restore import Weights, average_of, check_fit, find_checkpoint, outline_checkpoint, read_checkpoint
+from trainer.resuming import CheckpointFiles, refuse_another_recipe, refuse_to_overwrite, warn_of_other_code
 from trainer.run import Run
 
-_FIXED_DATA = (
-    *("batch_size", "targets_per_image", "seed", "sampling", "kinds", "only_with_targets", "negatives_per_image"),
-    *("hard_negatives", "clip_length", "clip_step", "clip_anchor"),
+EVERY_RUN = (
+    *(RandomState, Throughput, RankTimes, SampleTrace, StepGuard, GracefulStop),
+    *(ValidationRecord, ValidationPanels, EvaluationRecord, PredictionRecord),
 )
-"""Arguments of the data module that decide which samples a step sees; how a step is cut up may change."""
-
-EVERY_RUN = (Throughput, SampleTrace, ValidationRecord, ValidationPanels, EvaluationRecord, PredictionRecord)
 """Callbacks of every run; a recipe that names one itself sets it up its own way."""
 
 _ANY_KEY = """\
@@ -139,6 +143,12 @@ class RecipeCLI(LightningCLI):
                 f"trainer.val_check_interval {interval}: batches of micro_batch_size from one validation to the next, "
                 "or a share of an epoch: above 0"
             )
+        batches = self._get(self.config, "trainer.limit_train_batches")
+        if self.subcommand == "fit" and isinstance(batches, int | float) and not batches > 0:
+            raise UserError(
+                f"trainer.limit_train_batches {batches}: nothing would be learnt; batches of micro_batch_size, or a "
+                "share of an epoch: above 0"
+            )
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints are read, and refused, by `_checkpoint`."""
@@ -150,7 +160,7 @@ class RecipeCLI(LightningCLI):
             parser.set_defaults(return_predictions=False)  # they go to disk, not into memory
         for action in parser._actions:
             if action.dest == "ckpt_path":
-                action.help = "Checkpoint of the run to go on from or to score: last, best, or a path."
+                action.help = "Checkpoint to go on from or to score: last (the newest that is whole), best, or a path."
         if subcommand != "fit":
             help_text = "Weights of a checkpoint that has an average of them (trainer.callbacks.EMA): that by default."
             parser.add_argument("--weights", type=Weights | None, default=None, help=help_text)
@@ -173,11 +183,20 @@ class RecipeCLI(LightningCLI):
         wanted = config.get("enable_progress_bar") is not False
         config["enable_progress_bar"] = wanted and sys.stdout.isatty()
         named = [*(config.get("callbacks") or []), *callbacks]
+        if sum(isinstance(callback, RunCheckpoint) for callback in named) > 1:
+            raise UserError("trainer.callbacks: every run has a RunCheckpoint already: set it up by the key checkpoint")
+        for kind in (*EVERY_RUN, EMA):
+            if sum(isinstance(callback, kind) for callback in named) > 1:
+                raise UserError(f"trainer.callbacks: {kind.__name__} is there twice: set it up once")
         for kind in () if config.get("fast_dev_run") else EVERY_RUN:  # a rehearsal leaves nothing
             if not any(isinstance(callback, kind) for callback in named):
                 callbacks.append(kind())
         if wanted and not any(isinstance(callback, ProgressBar) for callback in named):
             callbacks.append(RunBar() if config["enable_progress_bar"] else ProgressLines())
+        plugins = config.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            config["plugins"] = [*plugins, CheckpointFiles(check=False)]  # `_checkpoint` has
         return super()._instantiate_trainer(config, callbacks)
 
     def instantiate_classes(self) -> None:
@@ -205,113 +224,59 @@ class RecipeCLI(LightningCLI):
         if named is not None:
             arguments["ckpt_path"] = self._checkpoint(str(named), subcommand)
         elif subcommand == "fit":
-            self._refuse_to_overwrite()
+            refuse_to_overwrite(Run(self.trainer.default_root_dir))
         return arguments
-
-    def _refuse_another_recipe(self, before: Run) -> None:
-        """A checkpoint goes on with its own optimiser and its own place in the epoch: a recipe cannot change them."""
-        if not (before.recipe.is_file() and before.record.is_file()):
-            return
-        config = self.config[self.subcommand]
-        recipes = (
-            before.recipe.read_text(),
-            self._parser(self.subcommand).dump(config, skip_none=False, format="yaml"),
-        )
-        then, now = map(yaml.safe_load, recipes)
-        data = [_fixed_data(recipe) for recipe in (then, now)]
-        changed = {key: both for key, *both in changes(then, now)}
-        changed |= {key: [data[0][key], data[1][key]] for key in data[0].keys() & data[1].keys()}
-        for key, (old, new) in sorted(changed.items()):
-            if fixes_a_training(key) and old != new:
-                raise UserError(
-                    f"cannot go on with another {key}: {shown(old)} in {before.recipe}, now {shown(new)}; set it "
-                    "back, or start in another trainer.default_root_dir"
-                )
-
-    def _refuse_to_overwrite(self) -> None:
-        """A training started anew would replace the checkpoints of the one that is there."""
-        run = Run(self.trainer.default_root_dir)
-        last = find_checkpoint("last", run)
-        if last is not None:
-            step = f" at step {read_checkpoint(last).get('global_step')}" if last.is_file() else ""
-            raise UserError(
-                f"{run.root} holds a training{step} already: go on with --ckpt_path last, choose another "
-                "trainer.default_root_dir, or remove that folder"
-            )
 
     def _checkpoint(self, name: str, subcommand: str) -> str | None:
         """The checkpoint to load, checked before anything starts; None to start at step 0."""
-        run = Run(self.trainer.default_root_dir)
+        run, fitting = Run(self.trainer.default_root_dir), subcommand == "fit"
         path = find_checkpoint(name, run)
         if path is None:
-            if subcommand != "fit":  # scoring untouched weights instead would pass for a result
+            if not fitting:  # scoring untouched weights instead would pass for a result
                 run.last_checkpoint()
-            _say(f"no checkpoint in {run.checkpoints} yet: starting at step 0")
+            say(f"no checkpoint in {run.checkpoints} yet: starting at step 0")
             return None
-        if path.is_file():
-            content = read_checkpoint(path)
-            if subcommand == "fit":
-                self._refuse_another_recipe(Run(path.parent.parent))  # says it better than tensors that do not fit
-            check_fit(self.model, content["state_dict"], path)
-            if subcommand == "fit":
-                if "loops" not in content:
-                    raise UserError(f"checkpoint {path}: it holds weights alone, without the place in the training")
-                check_average(content, self.trainer.callbacks, path)
-                _say(f"going on from {path}, step {content.get('global_step')}")
-            elif average := average_of(content, self._get(self.config_init, "weights"), path):
-                self.trainer.callbacks.append(EvaluateAverage(average))
+        content = outline_checkpoint(path) if fitting else read_checkpoint(path)
+        if fitting:  # says it better than tensors that do not fit
+            recipe = self._parser(subcommand).dump(self.config[subcommand], skip_none=False, format="yaml")
+            refuse_another_recipe(Run(path.parent.parent), recipe, content)
+        check_fit(self.model, content["state_dict"], path)
+        if fitting:
+            if "loops" not in content:
+                raise UserError(f"checkpoint {path}: it holds weights alone, without the place in the training")
+            check_average(content, self.trainer.callbacks, path)
+            warn_of_other_code(content)
+            say(f"going on from {path}, step {content.get('global_step')}")
+        elif average := average_of(content, self._get(self.config_init, "weights"), path):
+            self.trainer.callbacks.append(EvaluateAverage(average))
         return str(path)
 
     def _run_subcommand(self, subcommand: str) -> None:
         started = time.perf_counter()
+        with RankWatch(self.trainer) as ranks:
+            try:
+                super()._run_subcommand(subcommand)
+                self._record(subcommand, time.perf_counter() - started)
+            except BaseException as error:
+                if isinstance(error, UserError | MisconfigurationException):
+                    self._prune()
+                told = ending(error, self.trainer, ranks, fitting=subcommand == "fit")
+                if told is error:
+                    raise
+                raise told from error
+
+    def _record(self, subcommand: str, seconds: float) -> None:
+        """Note how long a command took, and say where its results are."""
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+            return
         checkpoint = self._get(self.config, "ckpt_path")
-        try:
-            super()._run_subcommand(subcommand)
-        except UserError:
-            self._prune()
-            raise
-        except SystemExit as done:  # so Lightning ends after Ctrl-C, and says nothing of how to go on
-            if not self.trainer.interrupted:
-                raise
-            if subcommand == "fit":
-                last = find_checkpoint("last", Run(self.trainer.default_root_dir))
-                how = "--ckpt_path last goes on from the last checkpoint" if last else "no checkpoint was saved yet"
-                _say(f"stopped at step {self.trainer.global_step}; {how}")
-            raise KeyboardInterrupt from done
-        except torch.OutOfMemoryError as error:
-            size = self.datamodule.micro_batch_size
-            lower = f"lower data.init_args.micro_batch_size (now {size}; a step stays the same) or the"
-            how = f"{lower if size > 1 else 'lower the'} model's image_size, in another trainer.default_root_dir"
-            raise UserError(f"out of GPU memory: {how}") from error
-        except MisconfigurationException as error:
-            self._prune()
-            raise UserError(str(error)) from error
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            stage = f"evaluate-{'tuned' if checkpoint else 'untouched'}" if subcommand == "test" else subcommand
-            seconds = time.perf_counter() - started
-            run = Run(self.trainer.default_root_dir)
-            run.add_stage(stage, seconds, anew=not (subcommand == "fit" and checkpoint))
-            left = {"fit": f"run: {run.root}", "predict": f"masks: {run.root / 'predictions'}"}
-            left["test"] = f"scores: {run.evaluation('')}"
-            if subcommand in left:
-                _say(left[subcommand])
-
-
-def _fixed_data(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What decides on the samples of a step, by dotted key: mappings are one value, since null may take their place."""
-    arguments = (recipe.get("data") or {}).get("init_args") or {}
-    return {f"data.init_args.{name}": arguments[name] for name in _FIXED_DATA if name in arguments}
-
-
-def fixes_a_training(key: str) -> bool:
-    """Whether a dotted key may not change between the parts of one training."""
-    name = key.rpartition(".")[2]
-    return (
-        (key.startswith("model.") and name not in ("weights", "weights_sha256", "tokenizer"))
-        or key in {f"data.init_args.{name}" for name in _FIXED_DATA}
-        or key
-        in ("seed_everything", "trainer.precision", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm")
-    )
+        stage = f"evaluate-{'tuned' if checkpoint else 'untouched'}" if subcommand == "test" else subcommand
+        run = Run(self.trainer.default_root_dir)
+        run.add_stage(stage, seconds, anew=not (subcommand == "fit" and checkpoint))
+        left = {"fit": f"run: {run.root}", "predict": f"masks: {run.root / 'predictions'}"}
+        left["test"] = f"scores: {run.evaluation('')}"
+        if subcommand in left:
+            say(left[subcommand])
 
 
 def run_lightning(arguments: list[str]) -> int:
@@ -333,11 +298,15 @@ def check_arguments(arguments: list[str]) -> tuple[list[str], str]:
         name, equals, value = argument.partition("=")
         if not equals and position + 1 < len(arguments):
             value = arguments[position + 1]
+        if name.startswith("-c") and name != "-c":  # -cFILE
+            name, value = "-c", argument[2:].removeprefix("=")
         if name in ("-c", "--config"):
             openings[value] = check_recipe(value)
             continue
         if name.startswith("--") and value.lstrip()[:1] in ("{", "["):
             _check_inline(value, name)
+        if name.startswith("--") and not value.startswith("-"):
+            check_content(value.strip(), "--", name.removeprefix("--"))
         if name.startswith("--") and names_something_in(value) and value.rpartition(".")[2][0].isupper():
             check_class(value, {}, name)
             classes[name.removeprefix("--").removesuffix(".class_path")] = value
@@ -388,12 +357,6 @@ def _check_override(name: str, recipes: list[str], classes: dict[str, str]) -> N
         if isinstance(node, dict) and "class_path" in node:
             check_class(node["class_path"], {argument.split(".")[0]: None}, name)
             return
-
-
-def _say(line: str) -> None:
-    """Print a line, once for all ranks."""
-    if rank_zero_only.rank == 0:
-        print(line, flush=True)
 
 
 def _checkpoint_folder(root: str | None) -> str:

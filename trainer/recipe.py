@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import pydoc
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ CLASS_HOMES = (
     "trainer.losses",
     "trainer.prompts",
     "trainer.callbacks",
+    "trainer.distributed",
     "data_shards.datamodule",
 )
 """Where a misspelt class is looked for."""
@@ -115,6 +117,8 @@ def _check_string(value: str, key: str, where: str) -> None:
         _check_package(package, f"{where}: '{value}'")
         if value.rpartition(".")[2][0].isupper():
             check_class(value, {}, where)
+        elif callable(pydoc.locate(value)):  # found as the parser finds it
+            raise UserError(f"{where}: '{value}' is a function: a recipe names classes, and calls nothing else")
 
 
 def _check_package(package: str, what: str) -> None:
@@ -295,10 +299,26 @@ def flat(node: Any, key: str = "") -> dict[str, Any]:
     return found
 
 
+class _Absent:
+    """In the place of a value that a recipe does not have."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+ABSENT = _Absent()
+
+
 def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """What differs between two recipes, by dotted key; what one of them alone names is of another release."""
+    """What differs between two recipes, by dotted key; the other's value is `ABSENT` where one of them alone has a key.
+
+    Where another class is named its arguments are not compared.
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        pairs = {str(name): (old[name], new[name]) for name in old if name in new}
+        names = [*old, *(name for name in new if name not in old)]
+        if old.get("class_path") != new.get("class_path"):
+            names = ["class_path"]
+        pairs = {str(name): (old.get(name, ABSENT), new.get(name, ABSENT)) for name in names}
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = {str(number): both for number, both in enumerate(zip(old, new, strict=True))}
     else:

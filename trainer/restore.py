@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
+from trainer.checkpoints import has_mark, newest_good, outline, read, step_checkpoints, verify
 from trainer.models.weights import mismatch
 from trainer.modules.tuned import TunedModule
 from trainer.recipe import check_recipe
@@ -39,7 +41,7 @@ def restore(run: Run, checkpoint: Path | None = None, weights: Weights | None = 
     Raises:
         UserError: The recipe is not allowed, there is no checkpoint, the two do not fit, or there is no average.
     """
-    path = checkpoint or run.last_checkpoint()
+    path = checkpoint or find_checkpoint("last", run) or run.last_checkpoint()
     module = build(recipe_of(run)["model"], f"recipe {run.recipe}")
     content = read_checkpoint(path)
     state = {**content["state_dict"], **average_of(content, weights, path)}
@@ -49,18 +51,27 @@ def restore(run: Run, checkpoint: Path | None = None, weights: Weights | None = 
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without unpickling anything but tensors and plain values; tensors are mapped from the file.
+    """Read a checkpoint, a file or a folder, as a run of one process writes it; tensors of a file are mapped from it.
+
+    Nothing is unpickled but tensors and plain values. `find_checkpoint` has checked every byte.
 
     Raises:
         UserError: It is missing, damaged, or no checkpoint of ours.
     """
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as error:
-        raise UserError(f"checkpoint {path}: no such file") from error
-    except Exception as error:  # zip, pickle and tensor errors are of many kinds
-        raise UserError(f"checkpoint {path}: not a readable checkpoint ({type(error).__name__})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+    return _of_a_run(read(path, check=False), path)
+
+
+def outline_checkpoint(path: Path) -> dict[str, Any]:
+    """As `read_checkpoint`, but the sharded tensors of a folder have their shapes alone, and no content.
+
+    Raises:
+        UserError: It is missing, damaged, or no checkpoint of ours.
+    """
+    return _of_a_run(outline(path), path)
+
+
+def _of_a_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    if not isinstance(content.get("state_dict"), dict):
         raise UserError(f"checkpoint {path}: no checkpoint of a run; bare weights go into the model's `weights`")
     return content
 
@@ -94,7 +105,9 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
 
 
 def find_checkpoint(name: str, run: Run) -> Path | None:
-    """Find the checkpoint that ``--ckpt_path`` names.
+    """Find the checkpoint that ``--ckpt_path`` names, and check every byte of it.
+
+    The last is the newest that is undamaged; each newer one that is refused is told of on stderr.
 
     Args:
         name: ``last``, ``best`` (by the recipe's ``checkpoint.monitor``), or a path.
@@ -104,22 +117,57 @@ def find_checkpoint(name: str, run: Run) -> Path | None:
         The path; None for the last of a run that has none yet.
 
     Raises:
-        UserError: There is no such checkpoint.
+        UserError: There is no such checkpoint, or it is damaged.
     """
-    last = run.checkpoints / "last.ckpt"
     if name == "last":
-        return last if last.exists() else None
+        return _last(run)
     if name == "best":
         kept = sorted(run.checkpoints.glob("best-*.ckpt"))
         if not kept:
             raise UserError(f"{run.root}: no best checkpoint; it needs checkpoint.monitor and a validation in the fit")
         # the newest of them knows which was the best when it was saved, and it would not be there were it worse since
-        states = read_checkpoint(kept[-1]).get("callbacks", {}).values()
+        states = outline_checkpoint(_checked(kept[-1])).get("callbacks", {}).values()
         named = {Path(state["best_model_path"]).name for state in states if state.get("best_model_path")}
-        return next((path for path in kept if path.name in named), kept[-1])
+        return _checked(next((path for path in kept if path.name in named), kept[-1]))
     if not Path(name).exists():
         raise UserError(f"checkpoint {name}: no such file; --ckpt_path takes last, best or a path")
-    return Path(name)
+    return _checked(Path(name))
+
+
+def _last(run: Run) -> Path | None:
+    """The newest checkpoint that is undamaged; None where nothing was saved yet."""
+    last = run.checkpoints / "last.ckpt"
+    alone = last.exists() and not last.is_symlink()  # as older runs have it
+    if step_checkpoints(run.checkpoints):
+        good = newest_good(run.checkpoints, _say)
+        if good is not None:
+            if last.is_symlink() and not last.exists():
+                _say(f"{last}: what it leads to, {last.readlink()}, is gone; {good} is taken instead")
+            return last if last.exists() and last.resolve() == good.resolve() else good
+        if not alone:
+            raise UserError(
+                f"{run.checkpoints}: none of its checkpoints is complete and undamaged: put one back, or start in "
+                "another trainer.default_root_dir"
+            )
+    return _checked(last) if alone else None
+
+
+def _checked(path: Path) -> Path:
+    """A checkpoint, every byte of which was read; only files that no trainer marked as yet may have no mark.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    unmarked = path.is_file() and not has_mark(path) and not path.resolve().name.startswith("step-")
+    if unmarked:
+        outline(path)  # says best what is no checkpoint at all
+    verify(path, unmarked=unmarked)
+    return path
+
+
+def _say(line: str) -> None:
+    if rank_zero_only.rank == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def recipe_of(run: Run) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ class Run:
         self.record = self.root / "run.json"
         self.stages = self.root / "stages.json"
         self.trace = self.root / "trace.csv"
+        self.ranks = self.root / "ranks.csv"
         self.skipped = self.root / "skipped.csv"
         self.validations = self.root / "validation.csv"
         self.validation = self.root / "validation"
         self.panels = self.root / "panels"
+        self.forensics = self.root / "forensics"
         self.checkpoints = self.root / "checkpoints"
         self.exports = self.root / "exports"
         self._made: list[Path] = []
@@ -54,9 +57,8 @@ class Run:
         self._made = [folder for folder in self.root.parents if not folder.exists()]
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            probe = self.root / ".writable"
-            probe.touch()
-            probe.unlink()
+            with tempfile.NamedTemporaryFile(dir=self.root, prefix=".writable-"):  # each rank tries with its own
+                pass
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.root} ({error.strerror}): choose another trainer.default_root_dir"
@@ -65,13 +67,18 @@ class Run:
     def prune(self) -> None:
         """Remove folders in which nothing was written: the run's own, and those above it that `create` made."""
         logs = self.root / "logs"
-        for folder in [*sorted(logs.glob("version_*")), logs, self.root, *self._made]:
+        for folder in [*sorted(logs.glob("version_*")), logs, self.checkpoints, self.root, *self._made]:
             with contextlib.suppress(OSError):  # not there, or not empty
                 folder.rmdir()
 
     def evaluation(self, name: str) -> Path:
         """Folder of one evaluation: ``untouched`` or ``tuned`` by default."""
         return self.root / "evaluation" / name
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint, whole or not, without a look into it; None where nothing was saved yet."""
+        last = self.checkpoints / "last.ckpt"
+        return last if last.exists() else max(self.checkpoints.glob("step-*.ckpt"), default=None)
 
     def last_checkpoint(self) -> Path:
         """The newest checkpoint.
@@ -80,7 +87,7 @@ class Run:
             UserError: There is none.
         """
         last = self.checkpoints / "last.ckpt"
-        if not last.is_file():
+        if not last.exists():
             raise UserError(f"{self.root} has no checkpoints/last.ckpt: `trainer fit` has not saved one yet")
         return last
 
@@ -126,6 +133,22 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text, whole or not at all: what was there stays if the disk is full, or the run is killed."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    with naming(path):
+        temporary.write_text(text)
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the system in a block name the file: those of writing, as of a full disk, do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_shards.errors import UserError
+from trainer.run import naming
 
 METRICS = ("dsc", "iou", "nsd")
 """Scores of a target, all between 0 and 1."""
@@ -69,7 +70,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[obje
     """Write a table, whole or not at all; fractions get six decimals."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as handle:
+    with naming(path), temporary.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row] for row in rows)

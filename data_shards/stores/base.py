@@ -51,6 +51,12 @@ class Store(Protocol):
         Without it a damaged cache, or a shard that was replaced while it was open, would give the same bytes again.
         """
 
+    def changed(self, name: str) -> bool:
+        """Whether a shard, or the index, is another file than when it was first looked at, or was written to since.
+
+        Another file may have the same content. Where that cannot be told, as behind a URL, nothing has changed.
+        """
+
     def close(self) -> None:
         """Close what is open; a later read opens it again."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,15 @@ from data_shards.stores.base import INDEX_NAME, Found, check_name, shard_problem
 
 _MAX_OPEN = 256
 """Files kept open by one store; beyond it a file is opened for each read."""
+
+
+Identity = tuple[int, int, int]
+"""Inode, bytes, and time of the last change in ns of a file."""
+
+
+def identity(status: os.stat_result) -> Identity:
+    """What tells a file from one that was put in its place, or from itself after a change."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class OpenFile:
@@ -78,6 +88,8 @@ class LocalStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._files = OpenFiles()
+        self._first: dict[str, Identity] = {}
+        """What files were when they were first looked at."""
 
     @property
     def root(self) -> str:
@@ -86,7 +98,10 @@ class LocalStore:
 
     def index_path(self) -> Path:
         """Return the path of the index, whether it exists or not."""
-        return self.folder / INDEX_NAME
+        path = self.folder / INDEX_NAME
+        with contextlib.suppress(OSError):
+            self._first.setdefault(INDEX_NAME, identity(path.stat()))
+        return path
 
     def missing(self, names: Sequence[str], sizes: Sequence[int]) -> Iterator[str]:
         """Yield one line for each shard that does not exist with its recorded size."""
@@ -99,7 +114,10 @@ class LocalStore:
             OSError: The shard is missing or is no file.
             MemoryError: There is no memory for the span.
         """
-        file = self._files.get(name) or self._files.open(name, self.folder / check_name(name))
+        file = self._files.get(name)
+        if file is None:
+            file = self._files.open(name, self.folder / check_name(name))
+            self._first.setdefault(name, identity(os.fstat(file.number)))
         return file.read(offset, size)
 
     def forget(self, name: str, offset: int, size: int) -> None:
@@ -114,6 +132,14 @@ class LocalStore:
         if now is None or not os.path.samestat(now, os.fstat(file.number)):
             self._files.drop(name)
 
+    def changed(self, name: str) -> bool:
+        """Whether a file is another one than when it was first looked at, is gone, or was written to since."""
+        try:
+            now = identity(os.stat(self.folder / name))  # noqa: PTH116
+        except OSError:
+            return name in self._first
+        return now != self._first.setdefault(name, now)
+
     def close(self) -> None:
         """Close the shards; a later read opens them again."""
         self._files.close()
@@ -123,6 +149,7 @@ class LocalStore:
             status = os.stat(self.folder / str(name))  # noqa: PTH116  # twice as fast as the method
         except OSError:
             return None
+        self._first.setdefault(str(name), identity(status))
         return Found(stat.S_ISREG(status.st_mode), status.st_size)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -169,5 +169,39 @@ def test_a_shard_that_shrinks_or_goes_while_in_use(folder: Path) -> None:
     with pytest.raises(UserError, match=r"shard-000001\.tar: sample 'toy-006' is damaged, it cannot be read \(No such"):
         dataset[6]
     os.truncate(folder / shard_name(2), 1000)
-    with pytest.raises(UserError, match=r"shard-000002\.tar: sample 'toy-013' is damaged, its bytes changed"):
+    with pytest.raises(UserError, match=r"shard-000002\.tar: changed while it was in use: put back what was there"):
         dataset[13]
+
+
+def rebuilt(folder: Path, first: int) -> None:
+    """Build the corpus again from other samples, each file put in the place of the old one."""
+    other = folder.parent / "other"
+    with ShardWriter(other, 5, 2**20) as writer:
+        for number in range(COUNT):
+            writer.write(f"toy-{number:03d}", make(np.roll(values("uint8"), first + number)).encode())
+    write_index(other)
+    for path in other.iterdir():
+        path.replace(folder / path.name)
+
+
+def test_a_corpus_that_is_built_again_while_in_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, expected = ShardDataset(folder), sequential(folder)
+    assert same(dataset[0], expected[0])
+    rebuilt(folder, 7)
+    assert same(dataset[1], expected[1]), "an open shard is read on as it was"
+    with pytest.raises(UserError, match=r"shard-000003\.tar: changed while it was in use: put back .*, or start anew"):
+        dataset[16]
+    monkeypatch.setattr(dataset, "_next_look", 0.0)
+    with pytest.raises(UserError, match=r"index\.npz: changed while it was in use"):
+        dataset[1]
+
+
+def test_a_corpus_that_is_copied_over_itself_is_no_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, expected = ShardDataset(folder), sequential(folder)
+    for path in folder.iterdir():
+        twin = path.with_suffix(".copy")
+        twin.write_bytes(path.read_bytes())
+        twin.replace(path)
+    monkeypatch.setattr(dataset, "_next_look", 0.0)
+    assert all(same(dataset[number], expected[number]) for number in range(COUNT))
+    assert dataset._next_look > 0, "it has looked"

@@ -16,8 +16,10 @@ from data_shards.batch import Sample, TripletBatch, collate
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
 from data_shards.loader import SampleView, TripletLoader
+from data_shards.order import epoch_order
 from data_shards.sampler import Draw, EvenSampler, GlobalOrderSampler
 from data_shards.scan import write_index
+from data_shards.views import with_target
 from data_shards.writer import ShardWriter
 
 COUNT = 26
@@ -62,6 +64,24 @@ def take(source: TripletLoader, count: int) -> list[tuple]:
 def saved(source: TripletLoader) -> dict:
     """The state as it comes back from a file."""
     return json.loads(json.dumps(source.state_dict()))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_knows_how_many_samples_of_its_step_have_targets(folder: Path, workers: int) -> None:
+    order = epoch_order(COUNT, 5, 1)
+    expected = [sum(int(position) % 4 > 0 for position in order[n * 8 : n * 8 + 8]) for n in range(3)]
+    assert len(set(expected)) > 1, "as many in every step show nothing"
+    sampler = GlobalOrderSampler(COUNT, 8, 2, 1, 2, 5, with_target(ShardDataset(folder).index, "all"))
+    source = TripletLoader(SampleView(ShardDataset(folder), None, 5), sampler, workers)
+    for epoch, seen in ((1, 0), (0, 0), (1, 3)):
+        sampler.set_epoch(epoch)
+        if seen:  # it goes on behind the first pass of the second step
+            source.load_state_dict({**source.state_dict(), "epoch": epoch, "samples": seen * 4})
+        found = [batch.counted for batch in source]
+        if epoch:
+            assert found == [count / 4 for count in expected for _ in range(2)][seen:]
+    source.close()
+    assert {batch.counted for batch in TripletLoader(SampleView(ShardDataset(folder)), EvenSampler(COUNT, 4))} == {None}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

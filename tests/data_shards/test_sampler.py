@@ -71,6 +71,22 @@ def test_length_is_that_of_a_whole_epoch() -> None:
         assert len(sampler) == len(list(sampler)) == 48 // (micro * world)
 
 
+def test_what_counts_in_a_step_is_shared_by_its_passes() -> None:
+    counted = np.arange(50) % 3 == 0
+    order = epoch_order(50, 11, 3)
+    for world, micro in [(1, 8), (1, 2), (2, 2), (4, 1), (8, 1)]:
+        passes = 8 // (micro * world)
+        expected = [sum(counted[order[n * 8 : n * 8 + 8]]) / (passes * world) for n in range(6) for _ in range(passes)]
+        for rank in range(world):
+            sampler = GlobalOrderSampler(50, 8, micro, rank, world, 11, counted)
+            sampler.set_epoch(3)
+            sampler.start = 16  # a resumed epoch is a whole one here
+            assert sampler.counted_per_pass().tolist() == expected
+        everything = GlobalOrderSampler(50, 8, micro, 0, world, seed=11)
+        assert everything.counted_per_pass().tolist() == [micro] * len(everything)
+    assert len(set(expected)) > 1
+
+
 def test_batches_that_do_not_divide() -> None:
     with pytest.raises(UserError, match=r"batch_size 8 is not a multiple of micro_batch_size 3 × 1 rank\(s\): .* of 3"):
         GlobalOrderSampler(50, 8, 3, 0, 1, 0)

@@ -19,7 +19,8 @@ from trainer.losses import DenseMasks, FactoredMasks, ObjectSets, SetPrediction,
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHANNELS = 6
 RANKS = 2
-RANK_COUNTS = ((3, 0), (1,))  # targets of the prompts of each rank
+RANK_COUNTS = {"uneven": ((3, 0), (1,)), "fewer targets than ranks": ((0, 0, 0), (1,)), "none": ((0,), (0, 0))}
+"""Targets of the prompts of each rank."""
 
 
 def checker() -> ModuleType:
@@ -77,6 +78,28 @@ def drawn_sets(
     return replace(first, presence=noise(layers, prompts), semantic=noise(prompts, side, side), many=many), targets
 
 
+def joined(parts: Sequence[tuple[SetPrediction, ObjectSets]]) -> tuple[SetPrediction, ObjectSets]:
+    """What one process says and knows that has the prompts of all."""
+
+    def half(some: Sequence[SetPrediction]) -> SetPrediction:
+        masks = [vars(one.masks) for one in some]
+        return SetPrediction(
+            torch.cat([one.logits for one in some], 1),
+            torch.cat([one.boxes for one in some], 1),
+            torch.cat([one.presence for one in some], 1) if some[0].presence is not None else None,
+            FactoredMasks(*(torch.cat([one[name] for one in masks]) for name in ("queries", "pixels", "offsets"))),
+            torch.cat([one.semantic for one in some]) if some[0].semantic is not None else None,
+        )
+
+    predictions, targets = zip(*parts, strict=True)
+    truth = ObjectSets(
+        [count for one in targets for count in one.counts],
+        torch.cat([one.boxes for one in targets]),
+        torch.cat([one.masks for one in targets]),
+    )
+    return replace(half(predictions), many=half([one.many for one in predictions])), truth
+
+
 def leaves_of(prediction: SetPrediction) -> dict[str, Tensor]:
     """All tensors of a prediction by name, with gradients from now on."""
     found: dict[str, Tensor] = {}
@@ -98,12 +121,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def rank_main(rank: int, port: int, out: str) -> None:
-    """One of two ranks with different numbers of targets: to be started by `torch.multiprocessing.spawn`."""
+def rank_main(rank: int, port: int, case: str, out: str) -> None:
+    """One of two ranks with different numbers of prompts and targets: to be started by `torch.multiprocessing`."""
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
-    prediction, targets = drawn_sets(RANK_COUNTS[rank], seed=rank)
+    prediction, targets = drawn_sets(RANK_COUNTS[case][rank], seed=rank)
     found = SetPredictionLoss(mask_weight=1, dice_weight=1)(prediction, targets)
     torch.save(found, Path(out) / f"rank{rank}.pt")
     dist.destroy_process_group()

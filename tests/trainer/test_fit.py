@@ -119,9 +119,9 @@ def test_the_best_by_a_validation_metric_is_kept_and_found(tiny_recipe, tiny_sha
     logged = [row for file in (tmp_path / "run/logs").glob("*/metrics.csv") for row in csv.DictReader(file.open())]
     scores = [float(row["val/dsc"]) for row in logged if row.get("val/dsc")]
     assert len(scores) == 3, "after every second micro-batch, so after every step"
-    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("*.ckpt"))
     best = f"best-{scores.index(max(scores)) + 1:06d}.ckpt"
-    assert kept == [best, "last.ckpt"]
+    assert kept == [best, "last.ckpt", "step-000003.ckpt"]
     for name in ("best", tmp_path / "run/checkpoints" / best):
         assert trainer_command("test", "-c", tiny_recipe, "--ckpt_path", name)[0] == 0
         found = read_scores(tmp_path / "run/evaluation/tuned/per_case.csv")
@@ -391,7 +391,8 @@ def test_a_part_of_an_evaluation_does_not_pass_for_the_whole(tiny_recipe, traine
 
 
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tiny_recipe, trainer_command, tmp_path):
-    code, _, err = trainer_command("fit", "-c", tiny_recipe, "--model.init_args.lr", 1e12)
+    at_once = ("--trainer.callbacks+", "trainer.callbacks.StepGuard", "--trainer.callbacks.rollback_after", 0)
+    code, _, err = trainer_command("fit", "-c", tiny_recipe, "--model.init_args.lr", 1e12, *at_once)
     assert (code, err.count("\n")) == (2, 1)
     assert "the loss is nan at step" in err
     last = tmp_path / "run/checkpoints/last.ckpt"

@@ -129,6 +129,17 @@ def test_the_loss_is_the_mean_over_images_of_the_mean_over_their_targets(batch: 
     a, b, c, d = values["loss"]
     torch.testing.assert_close(loss, ((a + b) / 2 + c + d) / 3)
     assert per_image_mean(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([7, 7, 2])) == 3.5
+    assert per_image_mean(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([7, 7, 2]), 1.75) == 4  # (2 + 5) / 1.75
+
+
+def test_a_pass_with_fewer_images_than_others_counts_less(batch: TripletBatch) -> None:
+    """Three images in a pass; its step has two such on average, so that of four others this one learns a share."""
+    module = MedSAMModule(model(), prompts=BoxPrompts(max_shift=0))
+    loss, _ = step(module, batch)
+    batch.counted = 2.0
+    shared, logged = step(module, batch)
+    torch.testing.assert_close(shared, loss * 3 / 2)
+    torch.testing.assert_close(logged["train/loss"], shared.detach())
 
 
 def test_the_predicted_quality_learns_only_where_it_is_asked_for(batch: TripletBatch) -> None:

@@ -101,6 +101,7 @@ def test_what_is_no_number_is_no_amount(value: float, given: Callable[..., str])
     [
         (("--trainer.gradient_clip_val", -1), "trainer.gradient_clip_val -1.0: above 0, or null"),
         (("--trainer.val_check_interval", 0), "trainer.val_check_interval 0: batches of micro_batch_size"),
+        (("--trainer.limit_train_batches", 0), "trainer.limit_train_batches 0: nothing would be learnt"),
         (("--checkpoint.monitor", "val/dcs"), "monitor val/dcs: no validation logs that; did you mean 'val/dsc'?"),
         (("--checkpoint.monitor", "dsc"), "checkpoint.monitor dsc: no validation logs that"),
         (("--weights", "raw"), "unknown key 'weights': another command takes it"),

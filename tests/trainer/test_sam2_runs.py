@@ -190,7 +190,7 @@ def test_a_killed_run_ends_as_one_that_was_not(shards: Path, tmp_path: Path, tra
         made["model"]["init_args"]["model"]["init_args"] |= {"dropout": 0.1, "drop_path": 0.1}
         made["data"]["init_args"] |= {"clip_anchor": "ends", "targets_per_image": 1}
         made["trainer"] |= {"max_steps": 5}  # 3 steps an epoch
-        made["checkpoint"]["every_n_steps"] = 2
+        made["checkpoint"] |= {"every_n_steps": 2, "background": False}  # killed right after a step was saved
         recipes[name] = write(made, tmp_path / f"{name}.yaml")
     assert trainer_command("fit", "-c", recipes["whole"])[0] == 0
     for passes, more in ((3, ()), (4, ("--ckpt_path", "last"))):

@@ -9,7 +9,7 @@ import numpy as np
 import object_sets
 import pytest
 import torch
-from object_sets import drawn_sets, gradients_of, leaves_of
+from object_sets import drawn_sets, gradients_of, joined, leaves_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -206,21 +206,21 @@ def test_without_a_weight_masks_take_no_part():
             SetPredictionLoss(**weights)(prediction, bare)
 
 
-def test_targets_are_counted_over_the_ranks(tmp_path):
-    arguments = (object_sets.free_port(), str(tmp_path))
+@pytest.mark.parametrize("case", object_sets.RANK_COUNTS)
+def test_the_mean_over_ranks_is_the_loss_of_one_process_with_all_prompts(case, tmp_path):
+    arguments = (object_sets.free_port(), case, str(tmp_path))
     torch.multiprocessing.start_processes(
         object_sets.rank_main, arguments, nprocs=object_sets.RANKS, start_method="fork"
     )
-    for rank, counts in enumerate(object_sets.RANK_COUNTS):
-        found = torch.load(tmp_path / f"rank{rank}.pt")
-        alone = SetPredictionLoss(mask_weight=1, dice_weight=1)(*drawn_sets(counts, seed=rank))
-        share = sum(map(sum, object_sets.RANK_COUNTS)) / object_sets.RANKS
-        assert share == 2 and sum(counts) != share
-        for name, value in alone.items():
-            per_target = name.startswith(("box", "giou", "mask", "dice"))
-            factor = sum(counts) / share if per_target else 1
-            if name != "loss":
-                torch.testing.assert_close(found[name], value * factor)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(object_sets.RANKS)]
+    parts = [drawn_sets(counts, seed=rank) for rank, counts in enumerate(object_sets.RANK_COUNTS[case])]
+    loss = SetPredictionLoss(mask_weight=1, dice_weight=1)
+    together = loss(*joined(parts))
+    assert ranks[0].keys() == together.keys() and len(together) > 15
+    for name, value in together.items():
+        torch.testing.assert_close(sum(found[name] for found in ranks) / len(ranks), value, msg=name)
+    alone = [loss(*part)["loss"] for part in parts]
+    assert (sum(alone) / 2 - together["loss"]).abs() > 0.01 * together["loss"], "each by itself is something else"
 
 
 def test_nothing_but_the_match_waits_for_the_device():

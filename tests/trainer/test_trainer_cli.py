@@ -123,6 +123,26 @@ TYPOS = {
         "checkpoint.monitor val/dsc needs a validation split",
         "data.init_args.val",
     ),
+    "validations that never come": (
+        lambda c: (
+            c["data"]["init_args"].update(val=c["data"]["init_args"]["train"]),
+            c["trainer"].update(val_check_interval=1000),
+        ),
+        "trainer.val_check_interval 1000: an epoch has",
+        "trainer.check_val_every_n_epoch to null",
+    ),
+    "an average twice": (
+        lambda c: c["trainer"].update(callbacks=2 * [{"class_path": "trainer.callbacks.EMA"}]),
+        "trainer.callbacks: EMA is there twice",
+        "set it up once",
+    ),
+    "checkpoints twice": (
+        lambda c: c["trainer"].update(
+            callbacks=[{"class_path": "trainer.callbacks.RunCheckpoint", "init_args": {"every_n_steps": 7}}]
+        ),
+        "trainer.callbacks: every run has a RunCheckpoint already",
+        "key checkpoint",
+    ),
     "precision": (lambda c: c["trainer"].update(precision="bf16-true"), "bf16-true is not supported", "bf16-mixed"),
     "shards": (lambda c: c["data"]["init_args"].update(train="/nowhere/train"), "/nowhere/train", ""),
 }
@@ -156,7 +176,7 @@ def test_mistakes_in_a_recipe(case, tiny_recipe, trainer_command, tmp_path):
         (("--trainer.max_step", 3), "unknown key 'trainer.max_step'"),
         (("--model.init_args.tuning.init_args.layer_dcay", 0.5), "did you mean 'layer_decay'?"),
         (("--model.init_args.tuning", "trainer.tuning.LoraTuning"), "did you mean 'trainer.tuning.LoRATuning'?"),
-        (("--model.init_args.tuning", "os.system"), "not correspond to a subclass of Tuning"),
+        (("--model.init_args.tuning", "os.system"), "'os.system' is outside the allowed packages"),
         (("--model.init_args.tuning", "subprocess.Popen"), "outside the allowed packages"),
         (("--ckpt_path", "nothing.ckpt"), "nothing.ckpt: no such file"),
         (("-c", "nowhere.yaml"), "recipe nowhere.yaml: cannot be read"),

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from data_shards.errors import UserError
+from trainer.distributed import reshard
 from trainer.modules.optimization import own_shard
 from trainer.restore import AVERAGE, Weights
 
@@ -58,10 +59,12 @@ class EMA(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Average, if the batch ended an optimiser step; checkpoints are written after this."""
+        """Average, if the batch ended an optimiser step that was taken; checkpoints are written after this."""
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
+        if getattr(pl_module, "step_dropped", False):
+            return
         decay = min(self.decay, (1 + self._steps) / (10 + self._steps)) if self.warmup else self.decay
         learning = _learning(pl_module)
         weights = _shards(learning[name] for name in self.average)
@@ -81,16 +84,20 @@ class EMA(Callback):
         self._swap(pl_module, to_average=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the average; sharded ones are put together."""
+        """Add the average; of a sharded one every rank adds its part."""
         if self.average:
-            weights = {name: _whole(tensor) for name, tensor in self.average.items()}
-            checkpoint[AVERAGE] = {**self.settings(), "steps": self._steps, "weights": weights}
+            checkpoint[AVERAGE] = {**self.settings(), "steps": self._steps, "weights": dict(self.average)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the average of a checkpoint that a fit goes on from."""
         if trainer.state.fn == "fit":
             check_average(checkpoint, [self], Path(str(trainer.ckpt_path)))
             self._loaded, self._steps = checkpoint[AVERAGE]["weights"], checkpoint[AVERAGE]["steps"]
+
+    def go_back(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take the average of a checkpoint in the middle of a fit."""
+        put(checkpoint[AVERAGE]["weights"], self.average)
+        self._steps = checkpoint[AVERAGE]["steps"]
 
     def settings(self) -> dict[str, Any]:
         """What must stay the same when a run is gone on with."""
@@ -101,6 +108,7 @@ class EMA(Callback):
         """Exchange weights and average in place, one tensor after the other."""
         if self._swapped == to_average or not self.average:
             return
+        reshard(module)  # an evaluation has gathered the weights
         learning = _learning(module)
         for name, tensor in self.average.items():
             ours, weights = own_shard(tensor), own_shard(learning[name].detach())
@@ -175,7 +183,3 @@ def _learning(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [own_shard(tensor.detach()) for tensor in tensors]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -19,7 +19,7 @@ from trainer.modules.tuned import TunedModule
 from trainer.presence import TermAnswer, record_answers
 from trainer.ranks import every_rank
 from trainer.report.panels import save_panels
-from trainer.restore import read_checkpoint
+from trainer.restore import outline_checkpoint
 from trainer.run import Run, write_json
 from trainer.scores import CaseScore, write_scores, write_spreads
 
@@ -100,8 +100,8 @@ def describe_evaluation(trainer: Trainer, module: TunedModule, name: str, scores
     """What was scored, on what data."""
     checkpoint = trainer.ckpt_path
     step: int | None = 0
-    if checkpoint:  # its step is restored in a fit only; a sharded one is a folder
-        step = read_checkpoint(Path(checkpoint)).get("global_step") if Path(checkpoint).is_file() else None
+    if checkpoint:  # its step is restored in a fit only
+        step = outline_checkpoint(Path(checkpoint)).get("global_step")
     return {
         "name": name,
         "checkpoint": str(checkpoint) if checkpoint else None,

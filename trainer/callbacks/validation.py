@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from trainer.modules.scoring import ScoredModule
 from trainer.ranks import every_rank
 from trainer.report.tables import Row, read_rows
-from trainer.run import Run
+from trainer.run import Run, naming
 from trainer.scores import SPREAD_COLUMNS, CaseScore, pair, read_scores, spreads, write_scores, write_table
 
 COLUMNS = ("step", "epoch", *SPREAD_COLUMNS)
@@ -82,7 +82,7 @@ class ValidationRecord(Callback):
         if not run.validations.exists():
             write_table(run.validations, COLUMNS, [])
         rows = [(step, trainer.current_epoch, *astuple(spread)) for spread in spreads(scores)]
-        with run.validations.open("a", newline="", encoding="utf-8") as handle:
+        with naming(run.validations), run.validations.open("a", newline="", encoding="utf-8") as handle:
             writer = csv.writer(handle, lineterminator="\n")
             writer.writerows([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
         self._written = step

@@ -32,6 +32,7 @@ def semantic_losses(
     focal: bool = True,
     present_only: bool = True,
     presence: Tensor | None = None,
+    shown: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Losses of SAM3's `SemanticSegCriterion`; what no official recipe uses of it is here to be tested against it.
 
@@ -42,6 +43,7 @@ def semantic_losses(
         focal: Take the focal loss; otherwise plain binary cross-entropy.
         present_only: Take means over the prompts whose concept is there; otherwise over all.
         presence: (P,) logits of a segmentation head that says itself whether the concept is there.
+        shown: What sums over the prompts whose concept is there are divided by; their number if null.
 
     Returns:
         ``semantic_loss`` (focal), ``semantic_dice`` and with `presence` also ``semantic_presence``, means over prompts.
@@ -53,7 +55,8 @@ def semantic_losses(
     else:
         pixels = F.binary_cross_entropy_with_logits(values, shares, reduction="none")
     losses = torch.stack([pixels.mean(1), dice_loss(values, shares)])
-    losses = (losses * present).sum(1) / (present.sum() + 1e-6) if present_only else losses.mean(1)
+    shown = present.sum() + 1e-6 if shown is None else shown
+    losses = (losses * present).sum(1) / shown if present_only else losses.mean(1)
     found = {"semantic_loss": losses[0], "semantic_dice": losses[1]}
     if presence is not None:
         found["semantic_presence"] = F.binary_cross_entropy_with_logits(presence.float(), present)

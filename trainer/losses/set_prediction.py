@@ -6,7 +6,8 @@ Shapes: L decoder layers, P prompts, Q queries, N targets, K matched pairs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite, sqrt
+from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 import torch
@@ -24,16 +25,36 @@ LEAST_QUALITY = 0.01  # the least classification target of a matched query
 SIDES = ("head", "target")
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What a rank divides its sums by: what it has on average over all ranks; 0-dimensional each.
+
+    Attributes:
+        targets: Targets; at least one over all ranks.
+        prompts: Prompts; at least one over all ranks.
+        shown: Prompts whose semantic mask is not empty, and a trifle.
+        root: Square root of the number of prompts of all ranks together.
+    """
+
+    targets: Tensor
+    prompts: Tensor
+    shown: Tensor
+    root: Tensor
+
+
 class SetPredictionLoss(nn.Module):
     """Boxes, IoU-aware classification, presence and masks of all decoder layers and both halves.
 
     The sum is that of the first half, `one_to_many_weight` times that of the one-to-many half, and the semantic terms.
-    Terms on boxes and masks are sums over matched pairs, divided by the targets a rank has on average over all ranks
-    (at least 1). Computed in fp32, also under autocast. A NaN anywhere in the boxes or logits makes the loss NaN.
+    Terms on boxes and masks are sums over matched pairs, divided by the targets a rank has on average over all ranks;
+    the others are means over prompts, counted over all ranks too. So the mean of the ranks' losses, which is what they
+    learn, is the loss of one process with all their prompts in one pass. (The official code counts prompts on each rank
+    by itself: on one rank it is the same.) Computed in fp32, also under autocast. A NaN anywhere in the boxes or logits
+    makes the loss NaN.
 
     A step of several passes (`micro_batch_size`) learns the mean of their losses, each divided by its own numbers of
     targets and prompts: a target counts for more where there are few others in its pass. The official code sums them,
-    divided likewise.
+    divided likewise. So here alone the number of ranks matters where it changes the number of passes.
 
     A weight of 0 on both mask terms, or on both semantic ones, leaves them out: then what only they would train gets no
     gradient, not one of 0.
@@ -54,7 +75,8 @@ class SetPredictionLoss(nn.Module):
         semantic_weight: Factor on the focal loss of the semantic mask, the mean over prompts whose concept is there.
         semantic_dice_weight: Factor on the Dice loss of the semantic mask.
         one_to_many_weight: Factor on the one-to-many half.
-        scale_by_prompts: Multiply the sum by the square root of the number of prompts, as the official code does.
+        scale_by_prompts: Multiply the sum by the square root of the number of prompts, as the official code does; of
+            those of all ranks.
         matcher: One query a target, for all layers; None is a `HungarianMatcher` with its own defaults.
         many_matcher: Several queries a target, for the one-to-many half's final layer (its other layers are matched one
             to one); None is a `OneToManyMatcher` with its own defaults.
@@ -117,6 +139,29 @@ class SetPredictionLoss(nn.Module):
         """Match all layers of both halves; the one thing in a step that waits for the device."""
         return match(prediction, targets, self.matcher, self.many_matcher)
 
+    def count(self, targets: ObjectSets | None, device: torch.device, over_ranks: bool = True) -> Shares:
+        """Count what the terms are divided by; nothing waits for the device.
+
+        Args:
+            targets: What is there; None where this rank has no prompt: the others count together with it.
+            device: Where the targets are.
+            over_ranks: Count over all ranks, which must all ask; otherwise this rank's alone.
+        """
+        truth = semantic_truth(targets) if targets is not None and self._learns_semantic else None
+        shown = torch.zeros((), device=device) if truth is None else truth.flatten(1).any(1).float().sum()
+        sizes = (0, 0) if targets is None else (len(targets.boxes), len(targets.counts))
+        counts = torch.stack([*(torch.full((), float(size), device=device) for size in sizes), shown])
+        world = 1
+        if over_ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+            world = torch.distributed.get_world_size()
+        some = counts.clamp(min=1) / world
+        return Shares(some[0], some[1], (counts[2] + 1e-6) / world, counts[1].sqrt())
+
+    @property
+    def _learns_semantic(self) -> bool:
+        return bool(self.weights["semantic_loss"] or self.weights["semantic_dice"])
+
     def forward(
         self,
         prediction: SetPrediction,
@@ -124,6 +169,7 @@ class SetPredictionLoss(nn.Module):
         *,
         generator: torch.Generator | None = None,
         matches: Matches | None = None,
+        shares: Shares | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss.
 
@@ -132,6 +178,7 @@ class SetPredictionLoss(nn.Module):
             targets: What is there, on the same device.
             generator: Of `mask_points`, on the CPU.
             matches: From `match`, where they are known already.
+            shares: From `count`, where they are known already; otherwise all ranks must ask.
 
         Returns:
             ``loss``, and its components before any weight: ``box_loss``, ``giou_loss``, ``class_loss``,
@@ -144,14 +191,16 @@ class SetPredictionLoss(nn.Module):
         """
         total = torch.zeros((), device=prediction.logits.device)
         found: dict[str, Tensor] = {}
-        for name, layers in self.components(prediction, targets, generator=generator, matches=matches).items():
+        shares = shares or self.count(targets, total.device)
+        parts = self.components(prediction, targets, generator=generator, matches=matches, shares=shares)
+        for name, layers in parts.items():
             weight = self.weights[name.removesuffix("_many")]
             total = total + weight * (self.one_to_many_weight if name.endswith("_many") else 1.0) * layers.sum()
             found[name] = layers[-1]
             if len(layers) > 1:
                 found[f"{name}_aux"] = layers[:-1].sum()
         if self.scale_by_prompts:
-            total = total * sqrt(len(targets.counts))
+            total = total * shares.root
         return {"loss": total, **found}
 
     def components(
@@ -161,6 +210,7 @@ class SetPredictionLoss(nn.Module):
         *,
         generator: torch.Generator | None = None,
         matches: Matches | None = None,
+        shares: Shares | None = None,
     ) -> dict[str, Tensor]:
         """Compute the components before any weight, layer by layer.
 
@@ -169,31 +219,32 @@ class SetPredictionLoss(nn.Module):
             targets: What is there.
             generator: Of `mask_points`, on the CPU.
             matches: From `match`, where they are known already.
+            shares: From `count`, where they are known already; otherwise all ranks must ask.
 
         Returns:
             By the names of `forward`, (L,) each, the final layer at the end; (1,) for those on masks.
         """
         device = prediction.logits.device
         matches = matches or self.match(prediction, targets)
-        share = share_of_targets(len(targets.boxes), device)
+        shares = shares or self.count(targets, device)
         found: dict[str, Tensor] = {}
         with torch.autocast(device.type, enabled=False):
             present = present_of(targets, device)
-            found |= self._detection(prediction, matches.first, targets, present, share)
+            found |= self._detection(prediction, matches.first, targets, present, shares)
             if prediction.presence is not None:
-                found["presence_loss"] = presence_losses(prediction.presence, present)
+                found["presence_loss"] = presence_losses(prediction.presence, present, shares)
             if prediction.many is not None:
-                many = self._detection(prediction.many, matches.many, targets, present, share)
+                many = self._detection(prediction.many, matches.many, targets, present, shares)
                 found |= {f"{name}_many": value for name, value in many.items()}
-            found |= self._semantic(prediction, targets)
-        found |= self._masks(prediction, matches.first, targets, share, generator)
+            found |= self._semantic(prediction, targets, shares)
+        found |= self._masks(prediction, matches.first, targets, shares, generator)
         if prediction.many is not None:
-            masks = self._masks(prediction.many, matches.many, targets, share, generator)
+            masks = self._masks(prediction.many, matches.many, targets, shares, generator)
             found |= {f"{name}_many": value for name, value in masks.items()}
         return found
 
     def _detection(
-        self, half: SetPrediction, layers: Sequence[Pairs], targets: ObjectSets, present: Tensor, share: Tensor
+        self, half: SetPrediction, layers: Sequence[Pairs], targets: ObjectSets, present: Tensor, shares: Shares
     ) -> dict[str, Tensor]:
         """Losses (L,) on the boxes and classes of one half."""
         logits, boxes, wanted = half.logits.float(), half.boxes.float(), targets.boxes.float()
@@ -210,21 +261,21 @@ class SetPredictionLoss(nn.Module):
             truth = truth.scatter(0, places[last], quality.clamp(min=LEAST_QUALITY)).view_as(logits)
         positive = self.positive_weight * matched * _cross_entropy(logits, truth)
         negative = (1 - matched) * logits.sigmoid() ** self.gamma * _cross_entropy(logits, torch.zeros_like(logits))
-        _, prompts, queries = logits.shape
+        queries = logits.shape[-1]
         class_loss = ((positive + negative) * present[:, None]).sum((1, 2))
         return {
-            "box_loss": sums[:, 0] / share + touched,
-            "giou_loss": sums[:, 1] / share + touched,
-            "class_loss": class_loss / (max(self.padded_queries, queries) * max(prompts, 1)),
+            "box_loss": sums[:, 0] / shares.targets + touched,
+            "giou_loss": sums[:, 1] / shares.targets + touched,
+            "class_loss": class_loss / (max(self.padded_queries, queries) * shares.prompts),
         }
 
-    def _semantic(self, prediction: SetPrediction, targets: ObjectSets) -> dict[str, Tensor]:
-        if prediction.semantic is None or not (self.weights["semantic_loss"] or self.weights["semantic_dice"]):
+    def _semantic(self, prediction: SetPrediction, targets: ObjectSets, shares: Shares) -> dict[str, Tensor]:
+        if prediction.semantic is None or not self._learns_semantic:
             return {}
         truth = semantic_truth(targets)
         if truth is None:
             raise UserError(_no_masks("semantic_weight", "semantic_dice_weight"))
-        losses = semantic_losses(prediction.semantic, truth, at=self.mask_at)
+        losses = semantic_losses(prediction.semantic, truth, at=self.mask_at, shown=shares.shown)
         return {name: value[None] for name, value in losses.items()}
 
     def _masks(
@@ -232,7 +283,7 @@ class SetPredictionLoss(nn.Module):
         half: SetPrediction,
         layers: Sequence[Pairs],
         targets: ObjectSets,
-        share: Tensor,
+        shares: Shares,
         generator: torch.Generator | None,
     ) -> dict[str, Tensor]:
         if half.masks is None or not (self.weights["mask_loss"] or self.weights["dice_loss"]):
@@ -248,7 +299,7 @@ class SetPredictionLoss(nn.Module):
             points=self.mask_points,
             generator=generator,
         )
-        mask_loss, dice = (sums / share).unbind()
+        mask_loss, dice = (sums / shares.targets).unbind()
         return {"mask_loss": mask_loss[None], "dice_loss": dice[None]}
 
 
@@ -307,15 +358,6 @@ def present_of(targets: ObjectSets, device: torch.device) -> Tensor:
     return torch.zeros(len(targets.counts), device=device).scatter_reduce(0, prompts_of(targets, device), seen, "amax")
 
 
-def presence_losses(logits: Tensor, present: Tensor) -> Tensor:
+def presence_losses(logits: Tensor, present: Tensor, shares: Shares) -> Tensor:
     """Half the mean cross-entropy (L,) of presence logits (L, P): the focal loss at α 0.5 and γ 0, without its NaN."""
-    return 0.5 * _cross_entropy(logits.float(), present.expand_as(logits)).sum(1) / max(len(present), 1)
-
-
-def share_of_targets(count: int, device: torch.device) -> Tensor:
-    """Targets a rank has on average over all ranks, at least 1: 0-dimensional. All ranks must ask; none waits."""
-    total = torch.full((), float(count), device=device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-        total = total / torch.distributed.get_world_size()
-    return total.clamp(min=1)
+    return 0.5 * _cross_entropy(logits.float(), present.expand_as(logits)).sum(1) / shares.prompts

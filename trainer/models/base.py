@@ -52,6 +52,13 @@ class SegmentationModel(nn.Module, ABC):
         """The encoder's transformer blocks, from the input on."""
         return encoder_blocks(self)
 
+    def block_kinds(self) -> dict[str, list[nn.Module]]:
+        """Transformer blocks by kind: what is compiled one by one, and sharded over ranks one by one.
+
+        Each is called as a module, once in every pass in training, whatever is asked.
+        """
+        return {self.encoder: [self.get_submodule(block.name) for block in self.blocks()]}
+
     def layer_ids(self) -> dict[str, int]:
         """Depth of every parameter by name: patch embedding 0, blocks 1 to n, neck and heads n + 1."""
         names = [block.name + "." for block in self.blocks()]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from trainer.models.preprocessing import Preprocessing
+from trainer.models.recomputing import Recomputed, recompute_blocks, recomputed_kinds
 from trainer.models.sam import WIDTH, SAMDecoding
 from trainer.models.sam_names import SAM_DECODER, rename
 from trainer.models.weights import load_strictly, read_weights, source_of
@@ -81,12 +82,18 @@ class LiteMedSAM(SAMDecoding):
         image_size: Input side S in pixels, a multiple of 8. The released weights were trained at 256; less is faster.
         weights: ``litemedsam`` (the released weights), a path, a hub name ``owner/repository:file``; null is random.
         weights_sha256: What the weights file must hash to, in hexadecimal; optional.
+        checkpoint_activations: Compute each block a second time in the backward pass instead of keeping what is in it:
+            less memory, about a third more time. Or a list of kinds of blocks; here there is ``image_encoder``.
     """
 
     patch_embedding = ("image_encoder.trunk.patch_embed",)
 
     def __init__(
-        self, image_size: int = ORIGINAL_SIZE, weights: str | None = "litemedsam", weights_sha256: str | None = None
+        self,
+        image_size: int = ORIGINAL_SIZE,
+        weights: str | None = "litemedsam",
+        weights_sha256: str | None = None,
+        checkpoint_activations: Recomputed = False,
     ) -> None:
         super().__init__()
         if image_size < 32 or image_size % 8:
@@ -96,6 +103,8 @@ class LiteMedSAM(SAMDecoding):
         self.add_decoder(image_size, STRIDE, layer_norm_eps=1e-5)  # 1e-6 would cost 0.014 in the logits
         if (source := source_of(weights)) is not None:
             load_strictly(self, from_original(read_weights(source, weights_sha256)), source)
+        if recomputed_kinds(checkpoint_activations, [self.encoder]):
+            recompute_blocks(self.get_submodule(block.name) for block in self.blocks())
         self.train()  # a module is born in training mode without this being called: batch-norm would not be frozen
 
     def train(self, mode: bool = True) -> LiteMedSAM:

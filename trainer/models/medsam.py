@@ -18,7 +18,7 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from data_shards.errors import UserError
 from trainer.models.preprocessing import Preprocessing
-from trainer.models.recomputing import recompute_layers
+from trainer.models.recomputing import Recomputed, recompute_layers, recomputed_kinds
 from trainer.models.sam import WIDTH, SAMDecoding
 from trainer.models.sam_names import SAM_DECODER, SAM_ENCODER, TRANSFORMERS, rename
 from trainer.models.weights import load_strictly, read_weights, source_of
@@ -69,7 +69,7 @@ class MedSAM(SAMDecoding):
             standard deviation. Weights work with what they were trained with.
         attention: ``eager`` or ``sdpa``, equal but for rounding; null takes what is faster on this machine.
         checkpoint_activations: Compute each block a second time in the backward pass instead of keeping what is in it:
-            much less memory, about a third more time.
+            much less memory, about a third more time. Or a list of kinds of blocks; here there is ``image_encoder``.
     """
 
     patch_embedding = ("image_encoder.patch_embed", "image_encoder.pos_embed")
@@ -82,7 +82,7 @@ class MedSAM(SAMDecoding):
         weights_sha256: str | None = None,
         input_like: Literal["medsam", "sam"] = "medsam",
         attention: Literal["eager", "sdpa"] | None = None,
-        checkpoint_activations: bool = False,
+        checkpoint_activations: Recomputed = False,
     ) -> None:
         super().__init__()
         self.shape = VARIANTS[encoder] if isinstance(encoder, str) else encoder
@@ -106,7 +106,7 @@ class MedSAM(SAMDecoding):
         config._attn_implementation = attention or ("sdpa" if torch.cuda.is_available() else "eager")
         self.image_encoder = SamVisionEncoder(config)
         self.add_decoder(image_size, self.shape.patch, layer_norm_eps=1e-5)
-        if checkpoint_activations:
+        if recomputed_kinds(checkpoint_activations, [self.encoder]):
             recompute_layers(self.image_encoder)
         if (source := source_of(weights)) is not None:
             self.load(read_weights(source, weights_sha256), source)

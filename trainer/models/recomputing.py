@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,29 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from data_shards.errors import UserError, nearest
+
+Recomputed = bool | list[str]
+"""Which kinds of blocks are computed a second time in the backward pass; true is all of them."""
+
+
+def recomputed_kinds(asked: bool | Sequence[str], kinds: Sequence[str]) -> set[str]:
+    """Read a model's ``checkpoint_activations``.
+
+    Args:
+        asked: True, false, or names of kinds.
+        kinds: Those that the model has.
+
+    Raises:
+        UserError: It has no such kind.
+    """
+    if isinstance(asked, bool):
+        return set(kinds) if asked else set()
+    for name in asked:
+        if name not in kinds:
+            raise UserError(f"checkpoint_activations: no blocks of kind {name}{nearest(name, kinds)}")
+    return set(asked)
 
 
 def recompute_layers(encoder: nn.Module) -> None:
@@ -27,6 +50,14 @@ def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
     """Compute each of some blocks a second time in the backward pass, in training."""
     for block in blocks:
         block.forward = _Recomputed(block, block.forward)
+
+
+def wrap_forward(block: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put something around a block's forward pass; inside of its recomputation, where there is one."""
+    if isinstance(block.forward, _Recomputed):
+        block.forward.forward = wrap(block.forward.forward)
+    else:
+        block.forward = wrap(block.forward)
 
 
 class _Recomputed:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data_shards.errors import UserError
 from trainer.models.base import SegmentationModel
 from trainer.models.preprocessing import Preprocessing
-from trainer.models.recomputing import recompute_blocks
+from trainer.models.recomputing import Recomputed, recompute_blocks, recomputed_kinds
 from trainer.models.sam2_memory import Memory, MemoryPolicy, RecentMemory
 from trainer.models.sam2_parts import composition, image_encoder, memory_attention, memory_encoder
 from trainer.models.sam2_shape import STRIDE, SAM2Shape, Variant, check_sizes, shape_of
@@ -101,7 +101,7 @@ class SAM2(SegmentationModel, SAM2Base):
         dropout: Share of the memory attention that drops out in training.
         drop_path: Share of the deepest Hiera block's residuals that drop out in training; 0.1 in SAM 2.1's training.
         checkpoint_activations: Compute each block a second time in the backward pass instead of keeping what is in it:
-            much less memory, about a third more time.
+            much less memory, about a third more time. Or a list of ``image_encoder``, ``memory_attention``.
     """
 
     score_head = "sam_mask_decoder.iou_prediction_head"
@@ -128,7 +128,7 @@ class SAM2(SegmentationModel, SAM2Base):
         postprocessing: bool = True,
         dropout: float = 0.1,
         drop_path: float = 0.0,
-        checkpoint_activations: bool = False,
+        checkpoint_activations: Recomputed = False,
     ) -> None:
         shape = shape_of(variant)
         check_sizes(shape, image_size)
@@ -148,9 +148,12 @@ class SAM2(SegmentationModel, SAM2Base):
             "scaling": scaling, "memory": self.memory, "postprocessing": postprocessing, "dropout": dropout,
             "drop_path": drop_path, "checkpoint_activations": checkpoint_activations,
         }  # fmt: skip
-        if checkpoint_activations:
-            recompute_blocks(self.image_encoder.trunk.blocks)
-            recompute_blocks(self.memory_attention.layers)
+        recomputable = {
+            "image_encoder": self.image_encoder.trunk.blocks,
+            "memory_attention": self.memory_attention.layers,
+        }
+        for kind in recomputed_kinds(checkpoint_activations, list(recomputable)):
+            recompute_blocks(recomputable[kind])
         if place.type != "cpu":
             self.to(place)
         if (source := source_of(weights)) is not None:

@@ -22,7 +22,7 @@ from trainer.losses.boxes import corners
 from trainer.losses.sets import SetPrediction
 from trainer.models.base import SegmentationModel
 from trainer.models.preprocessing import Preprocessing
-from trainer.models.recomputing import recompute_layers
+from trainer.models.recomputing import Recomputed, recompute_layers, recomputed_kinds
 from trainer.models.sam3_decoding import Detection
 from trainer.models.sam3_names import to_ours
 from trainer.models.sam3_regularisation import regularise, start_as_official
@@ -58,7 +58,8 @@ class SAM3(SegmentationModel):
         drop_path: Share of the deepest image block's branches that drop out in training; 0.1 in the official training.
         attention: ``eager`` or ``sdpa`` in the encoders of image and text; null is sdpa.
         checkpoint_activations: Compute each layer of ViT, text encoder and detector a second time in the backward pass
-            instead of keeping what is in it: about a seventh of the memory, about a third more time.
+            instead of keeping what is in it: about a seventh of the memory, about a third more time. Or a list of some
+            of ``vision_encoder``, ``text_encoder``, ``detector``.
         points: Whether points can be exemplars. Only Meta's own layout has the weights for them.
     """
 
@@ -87,7 +88,7 @@ class SAM3(SegmentationModel):
         dropout: float = 0.1,
         drop_path: float = 0.1,
         attention: Literal["eager", "sdpa"] | None = None,
-        checkpoint_activations: bool = False,
+        checkpoint_activations: Recomputed = False,
         points: bool = False,
     ) -> None:
         super().__init__()
@@ -103,15 +104,15 @@ class SAM3(SegmentationModel):
             "points": points,
         }
         self.preprocessing = Preprocessing(image_size, resize="squash", scaling="centred")
-        self.checkpoint_activations = checkpoint_activations
+        recomputed = recomputed_kinds(checkpoint_activations, ["vision_encoder", "text_encoder", "detector"])
+        self.recompute_detector = "detector" in recomputed
         for name, part in Sam3Model(config_of(self.shape, image_size, dropout, attention)).named_children():
             self.add_module(name, part)
         self.point_encoder = _point_encoder(self.shape.hidden) if points else None
         start_as_official(self)
         regularise(self, dropout, drop_path, image_size // self.shape.patch)
-        if checkpoint_activations:
-            recompute_layers(self.vision_encoder.backbone)
-            recompute_layers(self.text_encoder)
+        for kind in recomputed - {"detector"}:
+            recompute_layers(self.get_submodule(kind))
         self.fixed = _fixed(self)
         for name in self.fixed:
             self.get_parameter(name).requires_grad_(False)
@@ -125,6 +126,11 @@ class SAM3(SegmentationModel):
     def mask_side(self) -> int:
         """Four times the input's side in patches."""
         return 4 * (self.preprocessing.image_size // self.shape.patch)
+
+    def block_kinds(self) -> dict[str, list[nn.Module]]:
+        """ViT, text encoder and DETR encoder; a decoder's layers are not called as modules."""
+        text = list(self.text_encoder.text_model.encoder.layers)
+        return {**super().block_kinds(), "text_encoder": text, "detr_encoder": list(self.detr_encoder.layers)}
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -191,7 +197,7 @@ class SAM3(SegmentationModel):
         shown, shown_valid = self._geometry(features.levels[-1], positions, prompts)
         prompt = torch.cat([known[place].to(shown.dtype), shown], dim=1)
         mask = torch.cat([valid[place], shown_valid], dim=1)
-        detection = Detection(self, self.training and self.checkpoint_activations)
+        detection = Detection(self, self.training and self.recompute_detector)
         return detection.run(features.levels, positions, prompts.image_index, prompt, mask)
 
     def decode(self, features: Any, prompts: Any) -> tuple[Tensor, Tensor]:

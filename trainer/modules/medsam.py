@@ -25,10 +25,17 @@ from trainer.tuning import FullTuning, Tuning
 from trainer.tuning.base import Decay, freeze
 
 
-def per_image_mean(values: Tensor, image_index: Tensor) -> Tensor:
-    """Average values (Q,) over the targets of each image, then over the images that have any; a scalar."""
+def per_image_mean(values: Tensor, image_index: Tensor, images: float | None = None) -> Tensor:
+    """Average values (Q,) over the targets of each image, then over images; a scalar.
+
+    Args:
+        values: (Q,).
+        image_index: (Q,) int64, the image of each.
+        images: By how many images the sum over them is divided (`TripletBatch.counted`), so that the mean over all
+            passes of a step is the mean over all of its images; by the number of those here if null.
+    """
     _, image, counts = image_index.unique(return_inverse=True, return_counts=True)
-    weights = 1 / (counts[image] * len(counts))
+    weights = 1 / (counts[image] * (len(counts) if images is None else images))
     return (values * weights.to(values)).sum()
 
 
@@ -142,13 +149,16 @@ class MedSAMModule(TunedModule):
     def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
         """Loss averaged over each image's targets, then over images: the same however a step is cut into batches.
 
+        A step's loss is the mean of what its passes on all ranks give back and log, each of which is divided by the
+        images with targets that they have on average: a pass without any gives 0, one with more than others gives more.
         Where prompts come in rounds, every round's answer is learnt from alike (Kirillov et al. 2023, appendix A).
         """
         if not batch.masks:  # every sample was damaged and skipped: nothing is learnt, and other ranks do not wait
             return self.nothing_learnt()
+        self.seed_dropout(batch)
         truth = self._truth(batch)
         answers = [self._enlarged(answer) for answer in self._ask(batch, truth, self.current_epoch)]
-        rounds = [self._losses(answer, truth) for answer in answers]
+        rounds = [self._losses(answer, truth, batch.counted) for answer in answers]
         losses = {name: torch.stack([part[name] for part in rounds]).mean() for name in rounds[0]}
         with torch.no_grad():
             dsc, _ = overlap(answers[-1].logits > 0, truth.masks)
@@ -222,10 +232,10 @@ class MedSAMModule(TunedModule):
         side = self.model.preprocessing.image_size
         return replace(answer, logits=resize_logits(answer.logits, (side, side)))
 
-    def _losses(self, answer: Answer, truth: Truth) -> dict[str, Tensor]:
-        """What an enlarged answer costs, averaged over targets and images."""
+    def _losses(self, answer: Answer, truth: Truth, images: float | None = None) -> dict[str, Tensor]:
+        """What an enlarged answer costs, averaged over targets and so many images."""
         parts = self._target_losses(answer, truth.masks)
-        return {name: per_image_mean(value, truth.image_index) for name, value in parts.items()}
+        return {name: per_image_mean(value, truth.image_index, images) for name, value in parts.items()}
 
     def _target_losses(self, answer: Answer, masks: Tensor) -> dict[str, Tensor]:
         """What an enlarged answer costs for each target: (Q,) each."""

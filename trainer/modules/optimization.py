@@ -165,10 +165,12 @@ def check_clipping(limit: float | None) -> None:
 def guard_gradients(
     module: LightningModule, optimizer: Optimizer, limit: float | None, algorithm: str | None = None
 ) -> None:
-    """Clip what an optimiser is about to learn from, and log ``train/grad_norm``: the norm before clipping.
+    """Judge and clip what an optimiser is about to learn from, and log ``train/grad_norm``: the norm before clipping.
 
     To be called by `LightningModule.configure_gradient_clipping`, which Lightning does before every optimiser step,
-    clipping or not. Without clipping the norm is computed at logged steps only. Nothing here waits for the device.
+    clipping or not. A module's ``judge``, where it has one, is told the norm; if it says no the step learns nothing:
+    without gradients AdamW leaves weights, moments and decay alone. Without judge and clipping the norm is computed at
+    logged steps only. But for the judge nothing here waits for the device.
 
     Args:
         module: The module in training.
@@ -181,21 +183,24 @@ def guard_gradients(
     """
     check_clipping(limit)
     trainer = module.trainer
+    judge: Callable[[Tensor], bool] | None = getattr(module, "judge", None)
     logged = trainer.log_every_n_steps > 0 and (trainer.global_step + 1) % trainer.log_every_n_steps == 0
     by_value = algorithm is not None and str(getattr(algorithm, "value", algorithm)) == "value"
-    if not limit and not logged:
+    if not limit and not logged and judge is None:
         return
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         scaler.unscale_(optimizer)  # for other optimisers than fused ones, Lightning has done it
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = gradient_norm(gradients) if logged or not by_value else None
-    if limit and by_value:
+    norm = gradient_norm(gradients) if judge is not None or logged or not by_value else None
+    if logged:
+        module.log("train/grad_norm", norm, on_step=True, on_epoch=False, batch_size=1)
+    if judge is not None and norm is not None and not judge(norm):
+        optimizer.zero_grad(set_to_none=True)
+    elif limit and by_value:
         clip_to_value(gradients, limit)
     elif limit and norm is not None:
         clip_to_norm(gradients, limit, norm)
-    if logged:
-        module.log("train/grad_norm", norm, on_step=True, on_epoch=False, batch_size=1)
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -17,21 +17,13 @@ from torch import Tensor
 from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
 from data_shards.seed import run_seed, stream
+from trainer.distributed import is_sharded
 from trainer.losses import BestMaskLoss, DiceCrossEntropy, resize_logits
 from trainer.models import SegmentationModel
 from trainer.modules.answering import AnsweringModule
 from trainer.modules.augmentation import ClipAugmentation
 from trainer.modules.clicked import Clicked, gives_masks, made_up_click, not_given, only, patched, spread
-from trainer.modules.clips import (
-    NUMBERS,
-    Followed,
-    clip_draws,
-    followed,
-    found_dsc,
-    rows_of,
-    smaller,
-    with_absences,
-)
+from trainer.modules.clips import NUMBERS, Followed, clip_draws, followed, found_dsc, rows_of, smaller, with_absences
 from trainer.modules.medsam import per_image_mean
 from trainer.modules.optimization import RateSchedule, Schedule
 from trainer.modules.scoring import Prediction
@@ -202,32 +194,31 @@ class SAM2Module(AnsweringModule):
         return [(group, looks) for group, looks, _ in self._follow(batch, epoch)]
 
     def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
-        """What the answers to all frames cost, averaged over each clip's objects, then over clips."""
-        if not batch.masks:  # every sample was damaged and skipped: nothing is learnt, and other ranks do not wait
+        """What the answers to all frames cost, averaged over each clip's objects, then over a step's clips."""
+        if batch.masks:
+            self.seed_dropout(batch)
+        groups = list(self._follow(batch, self.current_epoch)) if batch.masks else []
+        if not groups:  # all were damaged, or no anchor shows what it did, after an augmentation
             return self.nothing_learnt()
-        self.seed_dropout(batch)
-        groups = list(self._follow(batch, self.current_epoch))
-        if not groups:  # no anchor shows what it did, after an augmentation
-            return self.nothing_learnt()
-        losses, shown = self._losses(groups)
+        losses, shown = self._losses(groups, batch.counted)
         self.log_dict(shown, batch_size=len(batch) // batch.frames, on_step=True, on_epoch=False)
         return losses["loss"]
 
     def loss_of(self, batch: TripletBatch, epoch: int) -> Tensor:
         """The loss of a batch in an epoch, without a trainer."""
-        return self._losses(list(self._follow(batch, epoch)))[0]["loss"]
+        return self._losses(list(self._follow(batch, epoch)), batch.counted)[0]["loss"]
 
     def _losses(
-        self, groups: list[tuple[Followed, dict[int, Look], dict[str, Tensor]]]
+        self, groups: list[tuple[Followed, dict[int, Look], dict[str, Tensor]]], count: float | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses by name, and what is shown of them."""
+        """Losses by name, averaged over so many clips, and what is shown of them."""
         clips = torch.cat([group.clip for group, _, _ in groups])
         parts = {name: torch.cat([costs[name] for _, _, costs in groups]) for name in groups[0][2]}
-        losses = {name: per_image_mean(value, clips) for name, value in parts.items()}
+        losses = {name: per_image_mean(value, clips, count) for name, value in parts.items()}
         shown = {f"train/{name}": value.detach() for name, value in losses.items()}
         with torch.no_grad():
             shown["train/dsc"] = found_dsc(groups)
-        if not losses["loss"].requires_grad:  # nothing but given masks
+        if not losses["loss"].requires_grad and not is_sharded(self):  # nothing but given masks
             losses["loss"] = losses["loss"] + self.nothing_learnt()
         return losses, shown
 
@@ -310,6 +301,8 @@ class SAM2Module(AnsweringModule):
         everything = followed(batch, preprocessing, self.model.mask_side, self.device)
         if self.augmentation is not None and epoch is not None:
             images, everything = self.augmentation(images, everything, clip_draws(batch), epoch)
+        if not len(everything):  # as for a batch with nothing in it
+            return
         features = self.model.encode(images)
         groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for clip, anchor in enumerate(everything.anchors):

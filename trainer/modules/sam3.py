@@ -17,9 +17,9 @@ from torch import Tensor
 
 from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
+from trainer.distributed import zero_of
 from trainer.losses import SetPredictionLoss
 from trainer.losses.matching import made_up_matches
-from trainer.losses.set_prediction import share_of_targets
 from trainer.losses.sets import ObjectSets, SetPrediction
 from trainer.models import SAM3
 from trainer.models.sam3 import SAM3Features
@@ -163,14 +163,22 @@ class SAM3Module(AnsweringModule):
         """The set-prediction loss over all concepts of the batch, those that are there and those that are absent."""
         concepts = drawn_terms(concepts_of(batch), self.terms_per_image, self.current_epoch)
         if not concepts:  # every sample was damaged and skipped, or shows nothing that was looked for
-            share_of_targets(0, self.device)  # the other ranks count together with this one
-            return self.nothing_learnt()
+            nothing = self.nothing_learnt()
+            self.loss.count(None, self.device)  # the other ranks count together with this one
+            return nothing
         self.seed_dropout(batch)
         truth = objects_of(batch, concepts, self.model.preprocessing, self._side(), self.device)
-        losses = self.loss(self(batch, concepts, truth, self.current_epoch), truth)
+        # not `self(…)`: as the root of sharding, this module would end its pass there
+        losses = self.loss(self.forward(batch, concepts, truth, self.current_epoch), truth)
         shown = {f"train/{name}": value.detach() for name, value in losses.items()}
         self.log_dict(shown, batch_size=len(concepts), on_step=True, on_epoch=False)
         return losses["loss"]
+
+    def idle_pass(self) -> Tensor:
+        """Go through every block as a training pass does, with a made-up image and term."""
+        side = self.model.preprocessing.image_size
+        features = self.model.encode(torch.zeros(1, 3, side, side, device=self.device))
+        return zero_of(self.model.detect(features, ConceptPrompts(torch.zeros(1, dtype=torch.int64), ["nothing"])))
 
     def rehearse(self, images: int, prompts: int) -> Tensor:
         """Loss of a pass over made-up images: each of their concepts has one instance, and a text of its own."""
@@ -186,7 +194,8 @@ class SAM3Module(AnsweringModule):
         masks = torch.zeros(count, side, side, device=device)
         truth = ObjectSets([1] * count, torch.full((count, 4), 0.5, device=device), masks, masks)
         matches = made_up_matches(count, len(prediction.logits), self.loss.many_matcher.topk)
-        return self.loss(prediction, truth, matches=matches)["loss"]
+        alone = self.loss.count(truth, device, over_ranks=False)  # other ranks may be in a real pass
+        return self.loss(prediction, truth, matches=matches, shares=alone)["loss"]
 
     @torch.no_grad()
     def predict_masks(self, batch: TripletBatch) -> Prediction:

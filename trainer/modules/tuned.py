@@ -6,7 +6,7 @@ Shapes: none; a family's module names its own.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
 from data_shards.seed import run_seed, stream
+from trainer.distributed import FSDP2, is_sharded, zero_of
 from trainer.models import SegmentationModel
 from trainer.modules.optimization import RateSchedule, adamw, guard_gradients
 from trainer.modules.scoring import ScoredModule
@@ -37,6 +38,13 @@ class TunedModule(ScoredModule):
         betas: AdamW's averaging factors.
         schedule: Factor on every rate by step.
     """
+
+    judge: Callable[[Tensor], bool] | None = None
+    """Told the gradients' norm before every optimiser step; says whether it may be taken (`callbacks.StepGuard`)."""
+    step_dropped: bool = False
+    """Whether the last optimiser step was not taken."""
+    bad_steps: int = 0
+    """How many were not taken since the last that was."""
 
     def __init__(
         self,
@@ -118,9 +126,23 @@ class TunedModule(ScoredModule):
         drawn = self.current_epoch, batch.positions[0], *batch.repeats[:1]
         torch.manual_seed(int(stream(run_seed(None), "dropout", *drawn).integers(2**63)))
 
+    def configure_model(self) -> None:
+        """Shard the model, where the strategy does; Lightning calls this on every rank."""
+        strategy = getattr(self._trainer, "strategy", None)
+        if isinstance(strategy, FSDP2):
+            strategy.shard(self, self.model.block_kinds())
+
     def nothing_learnt(self) -> Tensor:
         """Loss of a batch with nothing in it: zero, with zero gradients, so that other ranks do not wait."""
+        if is_sharded(self):  # the others wait in each block
+            return self.idle_pass()
         return torch.stack([(p * 0).sum() for p in self.parameters() if p.requires_grad]).sum()
+
+    def idle_pass(self) -> Tensor:
+        """Go through every block as a training pass does, with a made-up image: zero, with zero gradients."""
+        preprocessing, side = self.model.preprocessing, self.model.preprocessing.image_size
+        features = self.model.encode(torch.zeros(1, preprocessing.channels, side, side, device=self.device))
+        return zero_of(features)
 
     def configure_optimizers(self) -> Any:
         """AdamW over the tuning method's groups."""
