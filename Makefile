@@ -1,6 +1,6 @@
 # Everything that a fresh machine with Python 3.11 or newer needs:
 #   make quickstart   the main job on real weights and a real image, to runs/quickstart/report.html
-#   make test         the whole test suite
+#   make test         the whole test suite, two tests at a time (TEST_PROCESSES=8 on a larger machine)
 #   make faults       kill, starve and deceive runs in a few hundred ways; the table is benchmarks/results/faults.md
 # Finished steps are kept; `make clean-quickstart` forgets the run, `make clean` the environment too.
 
@@ -13,6 +13,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
   $(if $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo yes),$(p))))
 VENV ?= .venv
 BIN := $(VENV)/bin
+TEST_PROCESSES ?= 2
 RUN := runs/quickstart
 RECIPE := recipes/quickstart.yaml
 SPEC := data_shards/catalogue/icbm152_white_matter.yaml
@@ -72,7 +73,7 @@ $(RUN)/report.html: $(RUN)/evaluation/untouched/per_case.csv $(RUN)/evaluation/t
 # --- development
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 faults: $(VENV)/.dev
 	@$(BIN)/python tests/faults/run.py --out benchmarks/results/faults.md

@@ -146,7 +146,7 @@ class RecipeCLI(LightningCLI):
         batches = self._get(self.config, "trainer.limit_train_batches")
         if self.subcommand == "fit" and isinstance(batches, int | float) and not batches > 0:
             raise UserError(
-                f"trainer.limit_train_batches {batches}: nothing would be learnt; batches of micro_batch_size, or a "
+                f"trainer.limit_train_batches {batches:g}: nothing would be learnt; batches of micro_batch_size, or a "
                 "share of an epoch: above 0"
             )
 
