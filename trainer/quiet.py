@@ -20,6 +20,7 @@ def quieten() -> None:
         ".*torch.jit.*deprecated.*",
         ".*overridden `on_after_batch_transfer` in `LightningModule`.*",  # meant: each hook has one owner
         ".*smaller than the logging interval.*",  # what is logged is counted over all epochs
+        ".*`srun` command is available on your system but is not used.*",  # on a login node: a laptop's command, meant
         ".*returned a view tensor.*",  # of a sharded block; nothing works in place on it
         ".*callbacks used to create the checkpoint need to be provided.*",  # another monitor, say: harmless
     ):
