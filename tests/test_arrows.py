@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).parents[1]
 # A module may import from its own layer and from those below it; the first is at the top.
 TRAINER_LAYERS = (
     ("trainer.cli",),
+    ("trainer.launch",),
     ("trainer.plan",),
     (
         "trainer.lightning_cli",
@@ -31,7 +32,7 @@ TRAINER_LAYERS = (
     ("trainer.models",),
     ("trainer.prompts",),
     ("trainer.losses", "trainer.metrics", "trainer.ranks", "trainer.report", "trainer.recipe"),
-    ("trainer.presence",),
+    ("trainer.presence", "trainer.cluster"),
     ("trainer.scores",),
     ("trainer.run", "trainer.quiet", "trainer.version"),
     ("trainer",),

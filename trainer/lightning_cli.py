@@ -38,6 +38,7 @@ from trainer.callbacks import (
 from trainer.callbacks.breakdown import ending, say
 from trainer.callbacks.ema import EMA, EvaluateAverage, check_average
 from trainer.callbacks.watch import RankWatch
+from trainer.cluster import cluster_of
 from trainer.modules.optimization import check_clipping
 from trainer.recipe import check_class, check_content, check_recipe, explain, names_something_in
 from trainer.restore import Weights, average_of, check_fit, find_checkpoint, outline_checkpoint, read_checkpoint
@@ -122,7 +123,9 @@ class RecipeCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Checkpoints are a part of every run."""
+        """Checkpoints are a part of every run; the cluster is written down with it."""
+        described = "The machine that the run is for: checked, recorded, and without effect on it; see trainer launch."
+        parser.add_argument("--cluster", type=dict[str, Any] | None, default=None, help=described)
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
 
@@ -136,6 +139,9 @@ class RecipeCLI(LightningCLI):
         Raises:
             UserError: There is such a value.
         """
+        cluster = self._get(self.config, "cluster")
+        if cluster is not None:  # with what the command line has changed of it
+            cluster_of(cluster, f"recipe {' + '.join(RecipeParser.recipes)}")
         check_clipping(self._get(self.config, "trainer.gradient_clip_val"))
         interval = self._get(self.config, "trainer.val_check_interval")
         if isinstance(interval, int | float) and not interval > 0:

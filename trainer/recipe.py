@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from data_shards.errors import UserError, nearest
+from trainer.cluster import cluster_of
 
 ALLOWED_PACKAGES = ("trainer", "data_shards", "lightning", "torch", "torchmetrics")
 """Where the classes of a recipe may come from."""
@@ -62,7 +63,10 @@ def check_recipe(path: str | Path) -> str:
         raise UserError(f"recipe {path}: not valid YAML{where} ({getattr(error, 'problem', error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"recipe {path}: expected keys such as model, data and trainer")
-    check_content(content, f"recipe {path}: ")
+    if content.get("cluster") is not None:
+        cluster_of(content["cluster"], f"recipe {path}")
+    # paths and lines of shell in there are no part of the training
+    check_content({name: node for name, node in content.items() if name != "cluster"}, f"recipe {path}: ")
     for name in ("trainer", "checkpoint"):
         if not isinstance(content.get(name, {}), dict):
             raise UserError(f"recipe {path}: {name}: expected keys below it, not {content[name]!r}")
