@@ -22,6 +22,8 @@ from data_shards.errors import UserError
 from trainer.callbacks import (
     EvaluationRecord,
     GracefulStop,
+    Heartbeat,
+    Memory,
     PredictionRecord,
     ProgressLines,
     RandomState,
@@ -39,6 +41,7 @@ from trainer.callbacks.breakdown import ending, say
 from trainer.callbacks.ema import EMA, EvaluateAverage, check_average
 from trainer.callbacks.watch import RankWatch
 from trainer.cluster import cluster_of
+from trainer.loggers import TensorBoard, WandB, refuse_unguarded
 from trainer.modules.optimization import check_clipping
 from trainer.recipe import check_class, check_content, check_recipe, explain, names_something_in
 from trainer.restore import Weights, average_of, check_fit, find_checkpoint, outline_checkpoint, read_checkpoint
@@ -46,7 +49,7 @@ from trainer.resuming import CheckpointFiles, refuse_another_recipe, refuse_to_o
 from trainer.run import Run
 
 EVERY_RUN = (
-    *(RandomState, Throughput, RankTimes, SampleTrace, StepGuard, GracefulStop),
+    *(RandomState, Throughput, Memory, RankTimes, SampleTrace, StepGuard, GracefulStop, Heartbeat),
     *(ValidationRecord, ValidationPanels, EvaluationRecord, PredictionRecord),
 )
 """Callbacks of every run; a recipe that names one itself sets it up its own way."""
@@ -143,6 +146,7 @@ class RecipeCLI(LightningCLI):
         if cluster is not None:  # with what the command line has changed of it
             cluster_of(cluster, f"recipe {' + '.join(RecipeParser.recipes)}")
         check_clipping(self._get(self.config, "trainer.gradient_clip_val"))
+        refuse_unguarded(self._get(self.config, "trainer.logger"))
         interval = self._get(self.config, "trainer.val_check_interval")
         if isinstance(interval, int | float) and not interval > 0:
             raise UserError(
@@ -180,6 +184,9 @@ class RecipeCLI(LightningCLI):
         run.create()
         named = config.logger if isinstance(config.logger, list) else [config.logger]
         loggers: list[Logger] = [logger for logger in named if isinstance(logger, Logger)]
+        for logger in loggers:
+            if isinstance(logger, TensorBoard | WandB):
+                logger.place(run)
         if config.logger is not False:
             loggers.insert(0, CSVLogger(run.root, name="logs", flush_logs_every_n_steps=1))
         return super().instantiate_trainer(logger=loggers, default_root_dir=str(run.root), **kwargs)

@@ -30,9 +30,12 @@ CLASS_HOMES = (
     "trainer.prompts",
     "trainer.callbacks",
     "trainer.distributed",
+    "trainer.loggers",
     "data_shards.datamodule",
 )
 """Where a misspelt class is looked for."""
+_SECRET = re.compile(r"(?i)(^|[._-])(api_?key|access_?key|password|passwd|secret|token)$")
+"""Keys of what is nobody else's business."""
 
 
 def check_recipe(path: str | Path) -> str:
@@ -88,6 +91,11 @@ def check_content(content: Any, where: str, key: str = "") -> None:
     for place, node in _classes(content, key):
         _check_node(node, f"{where}{place}")
     for place, value in flat(content, key).items():
+        if value is not None and _SECRET.search(place):
+            raise UserError(
+                f"{where}{place}: a recipe holds no keys and passwords, for every run keeps it: take it out, and put "
+                "it into the environment (Weights & Biases: WANDB_API_KEY)"
+            )
         if isinstance(value, str) and not place.endswith("class_path"):
             _check_string(value, place, f"{where}{place}")
 
@@ -301,42 +309,6 @@ def flat(node: Any, key: str = "") -> dict[str, Any]:
     for name, child in items:
         found |= flat(child, f"{key}.{name}" if key else name)
     return found
-
-
-class _Absent:
-    """In the place of a value that a recipe does not have."""
-
-    def __repr__(self) -> str:
-        return "nothing"
-
-
-ABSENT = _Absent()
-
-
-def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """What differs between two recipes, by dotted key; the other's value is `ABSENT` where one of them alone has a key.
-
-    Where another class is named its arguments are not compared.
-    """
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        names = [*old, *(name for name in new if name not in old)]
-        if old.get("class_path") != new.get("class_path"):
-            names = ["class_path"]
-        pairs = {str(name): (old.get(name, ABSENT), new.get(name, ABSENT)) for name in names}
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = {str(number): both for number, both in enumerate(zip(old, new, strict=True))}
-    else:
-        if old != new:
-            yield key, old, new
-        return
-    for name, (one, other) in pairs.items():
-        yield from changes(one, other, f"{key}.{name}" if key else name)
-
-
-def shown(value: Any) -> str:
-    """A value of a recipe in a few words; of a class its name."""
-    text = str(value.get("class_path", value) if isinstance(value, Mapping) else value)
-    return text if len(text) < 80 else text[:79] + "…"
 
 
 def dotted_keys(node: Any, key: str = "") -> Iterator[str]:
