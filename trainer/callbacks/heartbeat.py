@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -44,12 +45,12 @@ class Heartbeat(Callback):
         self.minutes = minutes
         self._roll: RollCall | None = None
         self._place = Place()
-        self._over = threading.Event()
+        self._over, self._armed = threading.Event(), True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to watch, on several ranks."""
-        self._end()
-        self._place, self._over = Place(), threading.Event()
+        self.leave()
+        self._place, self._over, self._armed = Place(), threading.Event(), True
         if trainer.world_size == 1:
             return
         self._trainer, self.limit = trainer, _SHARE * self._timeout(trainer).total_seconds()
@@ -95,39 +96,40 @@ class Heartbeat(Callback):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Watch no more; this rank can be heard of, and can ask, until it says that it ends."""
-        self._over.set()
+        """End nothing any more; this rank is heard of, and can ask, until it leaves."""
+        self._armed = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell that this rank has ended."""
-        self._end()
+        self.leave()
 
-    def lost(self, patience: float = 10.0) -> str | None:
+    def lost(self, patience: float = 12.0) -> str | None:
         """Which ranks are gone, in a few words, to be asked where a connection broke; None where all are there.
 
         Args:
-            patience: Seconds in which a rank of another machine may turn out to be silent; of this one it is seen.
+            patience: Seconds in which ranks of other machines may turn out to be silent; of this one it is seen.
         """
         roll = self._roll
         if roll is None:
             return None
-        here, end = roll.homes[roll.rank], time.monotonic() + patience
+        here, started, answers = roll.homes[roll.rank], time.monotonic(), roll.answers
         only_here = all((home.host, home.space) == (here.host, here.space) for home in roll.homes)
-        start, gone = roll.beats, roll.gone()
-        while not gone and time.monotonic() < (end if not only_here else end - 0.8 * patience):
-            roll.beat(self._place, ask=True)
-            gone = roll.gone() or self._silent(roll, start)
-            time.sleep(0 if gone else min(0.1 if only_here else 0.5, self._interval))
-        return (
-            f"{self._named(roll, gone)} {'is' if len(gone) == 1 else 'are'} gone: see what is said there"
-            if gone
-            else None
-        )
+        patience = min(2.0, patience) if only_here else patience
+        while not (gone := roll.gone()) and time.monotonic() < started + patience:
+            roll.tell(self._place, ask=True)
+            if not only_here and (gone := [seen.rank for seen in roll.board if seen.silent]):
+                break
+            time.sleep(0.1)
+        if not gone and not only_here and roll.answers == answers:
+            gone = [0]
+        verb = "is" if len(gone) == 1 else "are"
+        return f"{self._named(roll, gone)} {verb} gone: see what is said there" if gone else None
 
-    def _end(self) -> None:
+    def leave(self) -> None:
+        """Tell that this rank ends by itself."""
         self._over.set()
         if self._roll is not None:
-            self._roll.beat(Place(self._place.count, self._place.step, self._place.doing, left=True))
+            self._roll.tell(replace(self._place, left=True))
             self._roll = None
 
     def _pass(self, doing: str) -> None:
@@ -142,8 +144,9 @@ class Heartbeat(Callback):
             ask = waited > self.limit / 2
             asked_since = asked_since if ask else roll.beats
             roll.beat(here, ask)
-            if waited > self.limit and self._place is here and (line := self._whose_fault(roll, asked_since)):
-                self._break_off(roll, line)
+            stuck = waited > self.limit and self._armed and self._place is here
+            if stuck and (fault := self._whose_fault(roll, asked_since)):
+                self._break_off(roll, *fault)
 
     def _whose_fault(self, roll: RollCall, asked_since: int) -> tuple[list[int], str] | None:
         """The ranks that this one waits for, and what is known of them."""
@@ -167,17 +170,16 @@ class Heartbeat(Callback):
             f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
         )
 
-    def _break_off(self, roll: RollCall, fault: tuple[list[int], str]) -> None:
-        """End this process, and the ranks it started; the first of those that wait says why."""
-        ranks, what = fault
-        speaker = min(set(range(len(roll.homes))) - set(ranks))
+    def _break_off(self, roll: RollCall, ranks: list[int], what: str) -> None:
+        """End this process, and the ranks it started; the first of those that wait says why, and ends last."""
+        speaker = min(set(range(len(roll.homes))) - set(ranks), default=roll.rank)
         if roll.rank == speaker:
             verb = "is" if len(ranks) == 1 else "are"
             line = f"{self._named(roll, ranks)} {verb} {what}; the others waited {self.limit:.0f} s at step "
             line += f"{self._place.step}: see what is said there, then start it again, with --ckpt_path last"
             os.write(2, f"trainer: error: {line}\n".encode())
-        else:
-            time.sleep(min(2.0, 2 * self._interval))
+            time.sleep(3 * self._interval)  # until the others have found out too
+        roll.tell(replace(self._place, left=True))
         launcher = self._trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signal.SIGKILL)

@@ -17,7 +17,8 @@ _SILENT = 4
 """Beats that a rank misses before it counts as silent; single ones get lost on the way."""
 _MOST = 16
 """Ranks that one answer names: it has to fit a packet."""
-_HELLO_SECONDS = 5.0
+_HELLO_SECONDS = 10.0
+"""Time for the first rank to answer at the beginning."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class RollCall:
     """
 
     def __init__(self, rank: int, address: str) -> None:
-        self.rank, self.beats, self.answered = rank, 0, 0
-        """Beats so far, and the last one with an answer to a question."""
+        self.rank, self.beats, self.answered, self.answers = rank, 0, 0, 0
+        """This rank, its beats so far, the last one with an answer to a question, and how many answers there were."""
         self.board: list[Seen] = []
         self.left: set[int] = set()
         self._places: dict[int, tuple[int, Place]] = {}
@@ -113,17 +114,23 @@ class RollCall:
         self.works = all(every_rank(self._hello()))
 
     def beat(self, place: Place, ask: bool = False) -> None:
-        """Tell the first rank where this one is.
+        """Tell the first rank where this one is, at every beat.
 
         Args:
             place: Where.
-            ask: Whether `board` is to be brought up to date.
+            ask: Whether `board` and `left` are to be brought up to date.
         """
         with self._lock:
             self.beats += 1
+        self.tell(place, ask)
+
+    def tell(self, place: Place, ask: bool = False) -> None:
+        """The same between two beats."""
+        with self._lock:
             self._places[self.rank] = (self.beats, place)
             if self.rank == 0:
                 self.board, self.left, self.answered = self._seen(), self._left(), self.beats
+                self.answers += 1
                 return
         try:
             self._socket.sendto(self._packet(place, ask), self._first)
@@ -161,6 +168,7 @@ class RollCall:
             self.left = set(left)
             self.board = [Seen(rank, missed, Place(*place)) for rank, missed, place in rows]
             self.answered = self.beats
+            self.answers += 1
 
     def _listen(self) -> None:
         """Be the first rank: note who is where, and answer."""
