@@ -6,12 +6,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from data_shards.errors import UserError
 from data_shards.sampler import GlobalOrderSampler
-from trainer.cluster import Cluster, cluster_of, places
+from trainer.cluster import Cluster, cluster_of, places, read_cluster
 from trainer.launch.job import Task, next_folder
-from trainer.plan.cli import PlanCLI
+from trainer.lightning_cli import RecipeCLI
+from trainer.plan.fits import refuse_what_cannot_fit
+from trainer.plan.planned import PlanCLI
 from trainer.restore import outline_checkpoint
 from trainer.resuming import refuse_another_recipe
 from trainer.run import Run
@@ -38,8 +43,19 @@ class Checked:
     devices: bool
 
 
-class LaunchCLI(PlanCLI):
-    """The command line of ``trainer fit`` up to the point where it would read weights and look for a GPU."""
+class LaunchCLI(RecipeCLI):
+    """The command line of ``trainer fit`` up to the point where it would make anything."""
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing is made: only what the recipe says is looked at."""
+        text = self._parser("fit").dump(self.config["fit"], skip_none=False, skip_link_targets=False, format="yaml")
+        self.resolved: dict[str, Any] = yaml.safe_load(text)
 
     def check(self, words: Sequence[str], where: str) -> Checked:
         """Check what a job would stumble over.
@@ -53,7 +69,10 @@ class LaunchCLI(PlanCLI):
         """
         trainer, data = self.resolved["trainer"], self.resolved["data"]["init_args"]
         cluster = cluster_of(self.resolved["cluster"], where)
-        nodes, processes = places(cluster, trainer["num_nodes"], trainer["devices"], where)
+        devices = trainer["devices"]
+        if devices in ("auto", -1):  # of an overlay for any number of GPUs: as many as the cluster has
+            devices = read_cluster(where)[2]
+        nodes, processes = places(cluster, trainer["num_nodes"], devices, where)
         accelerator = str(trainer["accelerator"])
         if cluster.gpu is None and cluster.kind != "local" and accelerator in ("gpu", "cuda"):
             raise UserError(
@@ -78,16 +97,26 @@ class LaunchCLI(PlanCLI):
             refuse_another_recipe(run, recipe, outline_checkpoint(newest))
 
 
-def check_training(words: Sequence[str], where: str) -> Checked:
+def check_training(words: Sequence[str], where: str, plan: bool) -> Checked:
     """Check a recipe with its overlays, of which one is the cluster.
 
+    Args:
+        words: The command line after `fit`.
+        where: The cluster file, for messages.
+        plan: Whether to look if it fits the cluster's GPU.
+
     Raises:
-        UserError: There is a mistake.
+        UserError: There is a mistake, or it does not fit.
     """
     for word in words:
         if word.partition("=")[0] == "--ckpt_path":
             raise UserError("--ckpt_path: a job always goes on from the run's last checkpoint; leave it out")
-    return LaunchCLI(["fit", *words]).check(words, where)
+    checked = LaunchCLI(["fit", *words]).check(words, where)
+    if plan and checked.cluster.gpu is not None:
+        refuse_what_cannot_fit(words)
+    else:
+        PlanCLI(["fit", *words])  # makes the module without its weights: what its classes refuse is said now
+    return checked
 
 
 def freeze(checked: Checked, jobs: Path | None = None, at: str | None = None, root: Path | None = None) -> Task:

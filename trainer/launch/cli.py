@@ -144,7 +144,7 @@ def _trainings(words: list[str], wanted: Wanted) -> Job:
         _check_engine(cluster)
     if wanted.array and cluster.kind == "kubernetes":
         raise UserError("--array: kinds local and slurm have arrays; launch each recipe by itself on kubernetes")
-    checked = [check_training(line, where) for line, _ in lines]
+    checked = [check_training(line, where, wanted.plan) for line, _ in lines]
     first = checked[0]
     for one, (line, _) in zip(checked, lines, strict=True):
         if (one.nodes, one.processes) != (first.nodes, first.processes):
@@ -164,8 +164,14 @@ def _trainings(words: list[str], wanted: Wanted) -> Job:
         name = f"{name}-{tasks[0].folder.name}"  # the cluster keeps the names of jobs that ended
     else:
         tasks = [freeze(one) for one in checked]
-    on_gpus = first.cluster.gpu is not None
+    on_gpus = first.cluster.gpu is not None or (first.cluster.kind == "local" and _gpus_here())
     return Job(name, first.cluster, where, first.nodes, first.processes, tuple(tasks), Path.cwd(), on_gpus)
+
+
+def _gpus_here() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _check_engine(cluster: Cluster) -> None:
