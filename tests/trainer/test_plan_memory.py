@@ -27,7 +27,7 @@ from trainer.modules import MedSAMModule, SAM3Module
 from trainer.modules.scoring import ScoredModule
 from trainer.plan import activations
 from trainer.plan.activations import StorageMeter, memory_at, pass_bytes
-from trainer.plan.cli import prompts_per_image
+from trainer.plan.planned import prompts_per_image
 from trainer.plan.text import show_memory
 from trainer.prompts import ClickPrompts
 from trainer.rehearsal import as_on_cuda

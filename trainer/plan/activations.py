@@ -27,7 +27,13 @@ IMAGES, PROMPTS = (1, 2, 4, 8), (1, 4, 16)
 
 
 def memory_at(
-    module: ScoredModule, precision: str, kept: int, images: int, prompts: int | None, frames: int = 1
+    module: ScoredModule,
+    precision: str,
+    kept: int,
+    images: int,
+    prompts: int | None,
+    frames: int = 1,
+    known: dict[tuple[int, int], int] | None = None,
 ) -> list[dict[str, int]]:
     """Bytes in all on one device, by images a pass and prompts an image.
 
@@ -42,6 +48,7 @@ def memory_at(
         images: Images a pass of the recipe; measured.
         prompts: Prompts an image of the recipe; None is not known.
         frames: Where the recipe trains on clips, the frames of each: a clip stands for an image then.
+        known: Bytes of passes that were measured before, beside `kept`, by images and prompts; takes new ones.
 
     Returns:
         For all of `IMAGES` and `PROMPTS` and the recipe's own ``images``, ``prompts`` and ``bytes``.
@@ -51,10 +58,11 @@ def memory_at(
     """
     rows, columns = sorted({*IMAGES, images}), sorted({*PROMPTS, prompts or 1})
     clip = {"frames": frames} if frames > 1 else {}
-    found = {
-        (row, column): kept + pass_bytes(module, partial(module.rehearse, row, column, **clip), precision)
-        for row, column in {*product((rows[0], rows[-1]), (columns[0], columns[-1])), (images, prompts or 1)}
-    }
+    passes, found = known if known is not None else {}, {}
+    for row, column in {*product((rows[0], rows[-1]), (columns[0], columns[-1])), (images, prompts or 1)}:
+        if (row, column) not in passes:
+            passes[row, column] = pass_bytes(module, partial(module.rehearse, row, column, **clip), precision)
+        found[row, column] = kept + passes[row, column]
     low, high = ([found[row, column] for column in (columns[0], columns[-1])] for row in (rows[0], rows[-1]))
     table = []
     for row, column in product(rows, columns):
