@@ -20,7 +20,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
 _ONLY = {
-    "slurm": ("partition", "account", "gres", "signal_seconds", "requeue", "options"),
+    "slurm": ("partition", "account", "gres", "requeue", "options"),
     "kubernetes": (
         "image",
         "namespace",
@@ -63,7 +63,8 @@ class Cluster:
     gres: str = "gpu"
     """What SLURM calls the GPUs, as `gpu:h100`."""
     signal_seconds: int = 120
-    """How long before its time limit SLURM tells a job to save and stop."""
+    """How long before its end a job is told to save and stop, by SLURM before its time limit, by Kubernetes before a
+    pod goes. SLURM looks every half minute, and may be that late."""
     requeue: bool = True
     """Whether a job that was stopped, by its time limit or by others' priority, is queued again and goes on."""
     options: dict[str, str | int | bool] = field(default_factory=dict)

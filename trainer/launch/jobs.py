@@ -112,7 +112,7 @@ def _states(found: Found) -> dict[Path, str]:
                 states[folder] = kubernetes.state(record.id, record.place)
             except UserError as error:
                 states[folder] = f"unknown: {error}"
-        elif record.state == "running" and not local.alive(record.id, str(folder)):
+        elif record.state == "running" and not local.alive(record.id, record.root):
             states[folder] = "lost: ended without a word"
         else:
             states[folder] = record.state

@@ -81,15 +81,15 @@ def _in_front() -> bool:
         return False
 
 
-def alive(pid: str, folder: str) -> bool:
-    """Whether a process is still that of a job: numbers are used again."""
+def alive(pid: str, root: str) -> bool:
+    """Whether a process is still that of a job, which has its run's folder in its words: numbers are used again."""
     try:
         os.kill(int(pid), 0)
     except (OSError, ValueError):
         return False
     try:
         with open(f"/proc/{int(pid)}/cmdline", "rb") as file:  # noqa: PTH123  # there is no /proc elsewhere
-            return os.fsencode(folder) in file.read()
+            return os.fsencode(root) in file.read()
     except OSError:
         return True
 
