@@ -167,8 +167,6 @@ def recipe_words(arguments: Sequence[str]) -> tuple[list[str], str | None]:
             name, equals, value = "-c", "=", word[2:].removeprefix("=")
         if name not in ("-c", "--config", "--cluster"):
             words.append(word)
-            if name.startswith("--") and not equals:
-                words += [value for value in [next(rest, None)] if value is not None]
             continue
         value = value if equals else next(rest, "")
         if not value:

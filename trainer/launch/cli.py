@@ -130,13 +130,14 @@ def _trainings(words: list[str], wanted: Wanted) -> Job:
     Raises:
         UserError: There is a mistake in one, or they do not go together.
     """
-    if wanted.array and words and not words[0].startswith("-"):
+    named = bool(words) and not words[0].startswith("-")
+    if wanted.array and named:
         raise UserError(f"'{words[0]}' beside --array: give every recipe after --array, and overlays with -c")
-    if not wanted.array and words[0].startswith("-") and not {"-c", "--config"} & {w.partition("=")[0] for w in words}:
+    if not wanted.array and not named and not {"-c", "--config"} & {word.partition("=")[0] for word in words}:
         raise UserError("launch needs a recipe: trainer launch RECIPE --cluster FILE; see trainer launch --help")
     from trainer.launch.checks import check_training, freeze, recipe_words
 
-    starts = [["-c", recipe] for recipe in wanted.array] or [["-c", words.pop(0)] if words[0][:1] != "-" else []]
+    starts = [["-c", recipe] for recipe in wanted.array] or [["-c", words.pop(0)] if named else []]
     lines = [recipe_words([*start, *words]) for start in starts]
     where = _cluster_file(lines[0][1])
     cluster, _, _ = read_cluster(where)

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_shards.errors import UserError
+from data_shards.errors import UserError, counted
 from trainer.cluster import Cluster
 
 
@@ -72,8 +72,10 @@ class Job:
 
     def size(self) -> str:
         """Its size in words."""
-        what = f"{self.cluster.gpu or 'GPU'}" if self.on_gpus else "CPU process"
-        many = f"{self.nodes} × {self.processes} {what}"
+        each = counted(self.processes, "process", "processes")
+        if self.on_gpus:
+            each = f"{self.processes} {self.cluster.gpu or 'GPU'}"
+        many = f"{counted(self.nodes, 'node')} × {each}"
         return many if len(self.tasks) == 1 else f"{len(self.tasks)} tasks of {many}"
 
 
