@@ -18,30 +18,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))  # as the processe
 
 from corpus import write_recipe
 from harness import Lane, Variant, compare, lane, left_by, lines
-from rig import Slurm, missing
+from rig import Slurm
 
 from data_shards.build import build
 from trainer.cli import main
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 PATIENCE = 180.0
 TRAINING = Variant("DDP, 2 ranks", ranks=2, options=(("trainer.max_epochs", 4),))
 CLUSTER = {"kind": "slurm", "hours": 0.25, "partition": "tests", "signal_seconds": 60}
 Command = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """A SLURM that is up; the commands of this module reach it."""
-    made = Slurm(tmp_path_factory.mktemp("slurm"))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in made.environment.items():
-            patch.setenv(name, value)
-        try:
-            made.start()
-            yield made
-        finally:
-            made.stop()
 
 
 @pytest.fixture(scope="module")

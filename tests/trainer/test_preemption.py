@@ -35,6 +35,7 @@ WATCHED = Variant("watched", ranks=2, options=(("trainer.callbacks", [_EMA, _BEA
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lane]:
     with lane(tmp_path_factory.mktemp("preemption")) as made:
         yield made
+        made.anew()  # what hangs is ended
 
 
 @pytest.mark.parametrize("how", ["srun", "torchrun"])

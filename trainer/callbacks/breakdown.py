@@ -55,7 +55,7 @@ def ending(error: BaseException, trainer: Trainer, ranks: RankWatch, *, fitting:
         say(f"stopped by {signal_that_stopped(trainer)} at step {step}: {how_to_go_on(run, step)}")
         return SystemExit(STOPPED)
     said = lost_rank(error) if trainer.world_size > 1 else None
-    gone = _lost_ranks(trainer) or ranks.wait_for_loss() if said else None
+    gone = _lost_ranks(trainer, ranks) if said else None
     ranks.end()
     if gone and ranks.explained():
         return SystemExit(2)  # that rank has said why it ended
@@ -151,13 +151,13 @@ def _lost(trainer: Trainer, said: str | None, gone: str | None) -> str | None:
     return f"rank {trainer.global_rank} lost another rank at step {trainer.global_step} ({said}): {who}"
 
 
-def _lost_ranks(trainer: Trainer) -> str | None:
-    """Which ranks are gone, as their heartbeats tell; this rank leaves."""
+def _lost_ranks(trainer: Trainer, ranks: RankWatch) -> str | None:
+    """Which ranks are gone, as those say that were started from here, or else the heartbeats; this rank leaves."""
     heartbeat = heartbeat_of(trainer)
-    if heartbeat is None:
-        return None
-    gone = heartbeat.lost()
-    heartbeat.leave()
+    gone = ranks.wait_for_loss()
+    if heartbeat is not None:
+        gone = gone or heartbeat.lost()
+        heartbeat.leave()
     return gone
 
 

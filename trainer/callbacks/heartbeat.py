@@ -21,6 +21,8 @@ _MINUTES = 30.0
 _SHARE = 0.9
 """Of the timeout: after it the connection itself breaks, and NCCL ends the process without naming anybody."""
 _BEAT = 2.0
+_LINGER = 0.5
+"""Seconds that a rank stays which has lost another one: those that look a little later are not to miss it too."""
 
 
 class Heartbeat(Callback):
@@ -122,6 +124,7 @@ class Heartbeat(Callback):
             time.sleep(0.1)
         if not gone and not only_here and roll.answers == answers:
             gone = [0]
+        time.sleep(_LINGER)
         verb = "is" if len(gone) == 1 else "are"
         return f"{self._named(roll, gone)} {verb} gone: see what is said there" if gone else None
 

@@ -135,9 +135,9 @@ class RollCall:
         try:
             self._socket.sendto(self._packet(place, ask), self._first)
             while ask:
-                self._read(self._socket.recv(65536, socket.MSG_DONTWAIT))
-        except OSError:
-            return  # nothing to read, or nobody there to send to: `answered` tells
+                self._read(self._socket.recv(65536))
+        except (OSError, ValueError, TypeError):
+            return  # nothing to read, or from a stranger, or nobody there to send to: `answered` tells
 
     def gone(self) -> list[int]:
         """Ranks of this machine whose processes have ended, and that did not say so."""
@@ -150,14 +150,18 @@ class RollCall:
         if self.rank == 0:
             return True
         self._socket.settimeout(_HELLO_SECONDS / 10)
-        for _ in range(10):
-            try:
-                self._socket.sendto(self._packet(Place(), ask=True), self._first)
-                self._read(self._socket.recv(65536))
-                return True
-            except OSError:
-                continue
-        return False
+        try:
+            return any(self._is_answered() for _ in range(10))
+        finally:
+            self._socket.setblocking(False)
+
+    def _is_answered(self) -> bool:
+        try:
+            self._socket.sendto(self._packet(Place(), ask=True), self._first)
+            self._read(self._socket.recv(65536))
+        except (OSError, ValueError, TypeError):
+            return False
+        return True
 
     def _packet(self, place: Place, ask: bool) -> bytes:
         return json.dumps([self._token, self.rank, ask, *vars(place).values()]).encode()
