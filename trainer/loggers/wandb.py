@@ -190,7 +190,7 @@ def refuse_unguarded(named: Any) -> None:
     for node in named if isinstance(named, list) else [named]:
         if str(getattr(node, "class_path", "")).endswith(".WandbLogger"):
             raise UserError(
-                "trainer.logger: WandbLogger sends the command line, the code and the host: take trainer.loggers.WandB, "
+                "trainer.logger: WandbLogger sends the command line, the code and the host: take trainer.loggers.WandB "
                 "as recipes/overlays/wandb.yaml does"
             )
 

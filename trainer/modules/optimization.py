@@ -222,7 +222,7 @@ def log_parts(module: LightningModule, optimizer: Optimizer) -> None:
     rates: dict[str, float] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            part = names[id(parameter)].removeprefix("model.").partition(".")[0]
+            part = names.get(id(parameter), "rest").removeprefix("model.").partition(".")[0]
             rates[part] = max(rates.get(part, 0.0), float(group["lr"]))
             parts[part] += [] if parameter.grad is None else [parameter.grad]
     norms = _square_sums(list(parts.values())).sqrt()
