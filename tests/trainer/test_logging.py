@@ -174,17 +174,13 @@ def test_weights_and_biases_holds_figures_and_what_the_run_is_made_of(logged: Pa
             if name not in ("step", "epoch"):
                 assert found[int(row["step"])][name] == pytest.approx(value, rel=1e-6), name
     assert sum("val/panels" in row for row in history) == 3, "after each of three steps"
-    for record in (record for records in runs for record in records if record.HasField("config")):
-        config = {update.key: json.loads(update.value_json) for update in record.config.update}
-        if "data" in config:
-            record = read_json(logged / "run.json")
-            assert config["git_commit"] == record["git_commit"] and config["versions"] == record["versions"]
-            assert config["data"]["train"]["index_sha256"] == record["data"]["train"]["index_sha256"]
-            assert config["recipe"]["model"]["init_args"]["lr"] == 1e-3
-            assert config["recipe"]["data"]["init_args"]["train"] == WITHHELD
-            break
-    else:
-        raise AssertionError("no config")
+    updates = [record.config.update for records in runs for record in records if record.HasField("config")]
+    configs = [{update.key: json.loads(update.value_json) for update in each} for each in updates]
+    config, record = [each for each in configs if "data" in each][-1], read_json(logged / "run.json")
+    assert config["git_commit"] == record["git_commit"] and config["versions"] == record["versions"]
+    assert config["data"]["train"]["index_sha256"] == record["data"]["train"]["index_sha256"]
+    assert config["recipe"]["model"]["init_args"]["lr"] == 1e-3
+    assert config["recipe"]["data"]["init_args"]["train"] == WITHHELD
     pictures = list(folders[0].glob("files/media/images/val/*.png"))
     with Image.open(pictures[0]) as picture, Image.open(next((logged / "panels").iterdir())) as kept:
         assert picture.size == kept.size
