@@ -20,6 +20,8 @@ from trainer.launch.job import Job, Task
 
 PATIENCE = 90.0
 LONG = 100_000
+REVOKED = 2.0
+"""Seconds after which a node takes a job again that was just ended on it: credentials are dated by the second."""
 
 
 class Launched:
@@ -69,6 +71,7 @@ class Launched:
     def go_on(self) -> None:
         """Spare it the two minutes that SLURM lets a requeued job wait."""
         self.wait(lambda: self.known["JobState"] == "PENDING")
+        time.sleep(REVOKED)
         self.slurm.run("scontrol", "update", f"jobid={self.number}", "StartTime=now", check=True)
 
     def end(self) -> tuple[str, str]:

@@ -79,6 +79,7 @@ def log_of(root: Path) -> str:
 def let_go_on(slurm: Slurm, number: str, told: Callable[[], str]) -> None:
     """Spare a requeued job the two minutes that SLURM lets it wait."""
     wait(lambda: slurm.job(number).get("JobState") == "PENDING", told)
+    time.sleep(2)  # before that its nodes would not take it again
     slurm.run("scontrol", "update", f"jobid={number}", "StartTime=now", check=True)
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
@@ -141,6 +142,9 @@ def _ask_nobody() -> None:
 def _register(trainer: Trainer, handler: Callable[[int, FrameType | None], None]) -> None:
     """Let Lightning note which handlers there were, and set one for both signals in the place of its own."""
     connector = trainer._signal_connector
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        environment.auto_requeue = False
     type(connector).register_signal_handlers(connector)
     for number in SIGNALS:
         connector._register_signal(number, handler)
