@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,19 @@ def plan_command(arguments: list[str]) -> int:
         raise UserError("plan needs a recipe: trainer plan RECIPE; see trainer plan --help")
     made = PlanCLI(["fit", *options.words])
     plan = made.plan(options.given["devices"])
+    asked = options.machine(plan["step"]["devices"])
+    machine = asked or Machine(plan["step"]["devices"] or 1)
+    plan |= {"machine": _described(machine, asked is not None), "checkpoint": made.checkpoint(plan)}
+    plan |= {"memory_at": [], "memory_parts": None, "flops": None, "prompts_reckoned": None}
+    plan["run"] = length_of(made, plan, options.given["images"])
+    like = None if options.given["like"] is None else rate_of(options.given["like"], machine.devices)
     # where nobody looks on, lines are as long as they need to be
     console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 140)
     if out != "-":
         show(plan, console)
-    with console.status("measuring memory; --no-memory leaves it out"):
-        refused = reckon(made, plan, options, rehearsed)
+    with nullcontext() if out == "-" else console.status("measuring memory; --no-memory leaves it out"):
+        refused = reckon(made, plan, options, machine) if rehearsed else None
+        plan["run"] |= cost_of(plan, options, machine, like)
     if out == "-":
         print(json.dumps(plan, indent=2))
     else:
@@ -100,52 +108,46 @@ def plan_command(arguments: list[str]) -> int:
     return 0
 
 
-def reckon(made: PlanCLI, plan: dict[str, Any], options: Options, rehearsed: bool) -> str | None:
-    """Put memory and costs into a plan.
-
-    Args:
-        made: The recipe.
-        plan: Its plan; takes ``memory_at``, ``machine``, ``memory_parts``, ``flops``, ``run`` and ``checkpoint``.
-        options: What was asked.
-        rehearsed: Whether a pass is run.
+def reckon(made: PlanCLI, plan: dict[str, Any], options: Options, machine: Machine) -> str | None:
+    """Run passes, and put into a plan what they take: ``memory_at``, ``memory_parts`` and ``flops``.
 
     Returns:
         Why it is refused, in one line; None where it fits or that is not known.
 
     Raises:
-        UserError: Shards, a run or the strategy are not as they must be.
+        UserError: The strategy's memory is not known.
     """
     prompts = options.given["prompts"] or plan["prompts_per_image"]
-    if rehearsed and prompts is None:
+    if prompts is None:
         plan["notes"].append("all targets of an image are asked for: reckoned with 1; --prompts N takes another number")
-    asked = options.machine(plan["step"]["devices"])
-    machine = asked or Machine(plan["step"]["devices"] or 1)
     plan["prompts_reckoned"] = prompts or 1
-    plan |= {"memory_at": [], "memory_parts": None, "flops": None, "checkpoint": made.checkpoint(plan)}
-    if rehearsed:
-        try:
-            plan["memory_at"] = made.memory_at(plan, prompts)
-            plan["flops"] = made.flops(plan, prompts or 1)
-        except Exception as error:  # any model's code runs in there
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            plan["notes"].append(f"no table of memory: a pass cannot be run on tensors without content ({why})")
-    plan["machine"] = _described(machine, asked is not None)
-    plan["run"] = run_of(made, plan, options, machine)
-    if plan["flops"] is None:
+    try:
+        plan["memory_at"] = made.memory_at(plan, prompts)
+        plan["flops"] = made.flops(plan, prompts or 1)
+    except Exception as error:  # any model's code runs in there
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        plan["notes"].append(f"no table of memory: a pass cannot be run on tensors without content ({why})")
         return None
     found = plan["memory_parts"] = verdict(made, plan, machine, prompts or 1)
     return refusal(plan, machine, found, options, prompts or 1) if found["fits"] is False else None
 
 
-def run_of(made: PlanCLI, plan: dict[str, Any], options: Options, machine: Machine) -> dict[str, Any]:
-    """Steps, images a second, hours, energy and jobs of the whole run."""
-    given, trainer = options.given, made.resolved["trainer"]
-    epoch = steps_per_epoch(made.planned_data) if given["images"] is None else None
-    found = length(trainer, plan["step"]["images"], given["images"], epoch, plan["step"]["passes"])
-    like = None if given["like"] is None else rate_of(given["like"], machine.devices)
-    found |= speed(given["rate"], like, given["mfu"], machine, (plan["flops"] or {}).get("model"))
-    images = plan["step"]["images"] * plan["frames"]
-    return found | {"images_per_step": images} | bill(machine, found["steps"], images, found["images_per_second"])
+def length_of(made: PlanCLI, plan: dict[str, Any], images: int | None) -> dict[str, Any]:
+    """Steps of the run, and images (of clips, frames) of each.
+
+    Raises:
+        UserError: The shards are there, and damaged.
+    """
+    epoch = steps_per_epoch(made.planned_data) if images is None else None
+    found = length(made.resolved["trainer"], plan["step"]["images"], images, epoch, plan["step"]["passes"])
+    return {**found, "images_per_step": plan["step"]["images"] * plan["frames"]}
+
+
+def cost_of(plan: dict[str, Any], options: Options, machine: Machine, like: tuple[float, str] | None) -> dict[str, Any]:
+    """Images a second, hours, energy and jobs of the run."""
+    run, flops = plan["run"], (plan["flops"] or {}).get("model")
+    found = speed(options.given["rate"], like, options.given["mfu"], machine, flops)
+    return found | bill(machine, run["steps"], run["images_per_step"], found["images_per_second"])
 
 
 def rate_of(folder: str, devices: int) -> tuple[float, str]:

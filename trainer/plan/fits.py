@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from trainer.plan.memory import GIB, RESERVE, most_images, sharing_of, usable
 from trainer.plan.options import Options, read_options
 from trainer.plan.planned import PlanCLI
 
-FSDP2 = ("fsdp2.yaml", ("--trainer.strategy.class_path", "trainer.distributed.FSDP2"))
+FSDP2 = ("fsdp2.yaml", ("--trainer.strategy", '{"class_path": "trainer.distributed.FSDP2"}'))
 RECOMPUTE = ("recompute.yaml", ("--model.init_args.model.init_args.checkpoint_activations", "true"))
 LORA = ("lora.yaml", ("--model.init_args.tuning", "trainer.tuning.LoRATuning"))
 """Overlays, and the same as keys where the overlays' folder is not at hand."""
@@ -34,8 +35,19 @@ class Knob:
     devices: int
     micro: int
 
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """The words that change what one image takes: neither images a pass nor the plan's own options."""
+        found, words = [], iter(self.words)
+        for word in words:
+            if word in (MICRO, "--devices"):
+                next(words)
+            else:
+                found.append(word)
+        return tuple(found)
+
     def __str__(self) -> str:
-        return " ".join(self.words)
+        return shlex.join(self.words)
 
 
 def refuse_what_cannot_fit(words: Sequence[str]) -> None:
@@ -59,12 +71,14 @@ def refuse_what_cannot_fit(words: Sequence[str]) -> None:
     except Exception:  # a model that cannot be rehearsed is launched all the same
         return
     assert machine is not None
-    found = verdict(made, plan, machine, prompts)
+    found = verdict(made, plan, machine, prompts, largest=False)
     if not found["fits"]:
         raise UserError(refusal(plan, machine, found, options, prompts))
 
 
-def verdict(made: PlanCLI, plan: Mapping[str, Any], machine: Machine, prompts: int) -> dict[str, Any]:
+def verdict(
+    made: PlanCLI, plan: Mapping[str, Any], machine: Machine, prompts: int, largest: bool = True
+) -> dict[str, Any]:
     """What a GPU of a machine holds at the peak, whether that fits, and the largest pass that does.
 
     Args:
@@ -72,6 +86,7 @@ def verdict(made: PlanCLI, plan: Mapping[str, Any], machine: Machine, prompts: i
         plan: Its plan.
         machine: The machine.
         prompts: Prompts an image.
+        largest: Whether the largest pass is looked for, which runs some more.
 
     Returns:
         ``parts`` in bytes, ``total``, ``usable`` (None where the machine's memory is not known), ``fits``, ``sharing``,
@@ -90,7 +105,7 @@ def verdict(made: PlanCLI, plan: Mapping[str, Any], machine: Machine, prompts: i
         "largest": None,
         "largest_dividing": None,
     }
-    if room is not None:
+    if room is not None and largest:
         left = room - (total - parts["activations"])
         most = most_images(left, lambda images: made.pass_bytes(plan, images, prompts), own) if left > 0 else 0
         dividing = [micro for micro in range(1, most + 1) if batch % (micro * machine.devices) == 0]
@@ -106,44 +121,44 @@ def refusal(plan: Mapping[str, Any], machine: Machine, found: Mapping[str, Any],
         f"recipe {' + '.join(plan['recipes'])}: {told(found['total'])} a GPU at {micro} "
         f"image{'s' * (micro != 1)} a pass do not fit {name}, of which {told(found['usable'])} are usable: "
     )
-    tried = list(_tries(plan, machine, found, options, prompts))
-    for knob, size in tried:
+    least: tuple[Knob, int] | None = None
+    for knob, size in _tries(plan, found, options, prompts, list(knobs(plan, machine, options, found["sharing"]))):
         if size <= found["usable"]:
             return f"{start}with {knob} it takes {told(size)}"
-    if not tried:
-        return f"{start}there is no knob left: take larger GPUs, or a smaller model"
-    knob, size = min(tried, key=lambda pair: pair[1])
-    return f"{start}nothing makes it fit; the least is {told(size)}, with {knob}: take larger GPUs, or a smaller model"
+        least = (knob, size) if least is None or size < least[1] else least
+    larger = "take larger GPUs, or a smaller model"
+    if least is None:
+        return f"{start}there is no knob left: {larger}"
+    return f"{start}nothing makes it fit; the least is {told(least[1])}, with {least[0]}: {larger}"
 
 
 def _tries(
-    plan: Mapping[str, Any], machine: Machine, found: Mapping[str, Any], options: Options, prompts: int
+    plan: Mapping[str, Any], found: Mapping[str, Any], options: Options, prompts: int, knobs: Sequence[Knob]
 ) -> Iterator[tuple[Knob, int]]:
-    """Knobs in the order in which they cost least, and what a GPU would hold with each."""
-    for knob in knobs(plan, machine, options, found["sharing"] == "fsdp2"):
-        words = list(knob.words)
-        if words[-2:-1] == ["--devices"]:  # the plan's own option
-            words = words[:-2]
-        try:
-            made = PlanCLI(["fit", *options.words, *words])
-            changed = made.plan(knob.devices)
-            static = sum(made.parts(knob.devices, 0).values())
-        except UserError:  # this recipe cannot take it
+    """Knobs in their order, and what a GPU would hold with each: a pass is run only where all the rest fits."""
+    tried: dict[tuple[str, ...], PlanCLI | None] = {}
+    for knob in knobs:
+        words = knob.changes
+        if words not in tried:
+            try:
+                tried[words] = PlanCLI(["fit", *options.words, *words])
+            except UserError:  # this recipe cannot take it
+                tried[words] = None
+        made = tried[words]
+        if made is None:
             continue
-        if static > found["usable"]:
-            yield knob, static
-            continue
-        yield knob, static + made.pass_bytes(changed, knob.micro, prompts)
+        static = sum(made.parts(knob.devices, 0).values())
+        yield knob, static + (0 if static > found["usable"] else made.pass_bytes(plan, knob.micro, prompts))
 
 
-def knobs(plan: Mapping[str, Any], machine: Machine, options: Options, sharded: bool) -> Iterator[Knob]:
+def knobs(plan: Mapping[str, Any], machine: Machine, options: Options, sharing: str) -> Iterator[Knob]:
     """What may be tried, the least change first.
 
     Args:
         plan: The plan of what does not fit.
         machine: The machine.
         options: What was asked.
-        sharded: Whether FSDP2 is in it already.
+        sharing: How ranks share the model now.
     """
     own, devices, batch = plan["step"]["micro_batch"], machine.devices, plan["step"]["images"]
     smaller = [micro for micro in range(own - 1, 0, -1) if batch % (micro * devices) == 0]
@@ -151,12 +166,12 @@ def knobs(plan: Mapping[str, Any], machine: Machine, options: Options, sharded: 
     recompute, lora = (_words(overlay, plan["recipes"]) for overlay in (RECOMPUTE, LORA))
     # the overlay takes all GPUs that there are, which no job can ask for: with a cluster file the key alone
     shard = FSDP2[1] if options.cluster is not None else _words(FSDP2, plan["recipes"])
-    shard = () if sharded else shard
+    shard = () if sharing == "fsdp2" else shard
     for micro in smaller:
         yield Knob((MICRO, str(micro)), devices, micro)
     for micro in (own, *smaller):
         yield Knob((*recompute, *((MICRO, str(micro)) if micro != own else ())), devices, micro)
-    if devices > 1 and not sharded:
+    if devices > 1 and shard:
         yield Knob(shard, devices, own)
         yield Knob((*shard, *recompute, *least), devices, 1)
     for factor in (2, 4, 8, 16):

@@ -54,6 +54,8 @@ class PlanCLI(RecipeCLI):
         except (ValueError, TypeError) as error:
             raise UserError(f"{where}: {explain(str(error), set(), [])}") from error
         self.own_names = {name for name, _ in untouched.named_parameters()}
+        callbacks = self.resolved["trainer"].get("callbacks") or []
+        self.averaged = any(str(node.get("class_path", "")).endswith(".EMA") for node in callbacks)
         self._passes: dict[tuple[int, int], int] = {}
 
     def plan(self, devices: int | None = None) -> dict[str, Any]:
@@ -68,8 +70,6 @@ class PlanCLI(RecipeCLI):
         module, resolved = self.module, self.resolved
         groups = parameter_groups(module, self.own_names)
         nodes = resolved["model"]["init_args"]
-        callbacks = resolved["trainer"].get("callbacks") or []
-        self.averaged = any(str(node.get("class_path", "")).endswith(".EMA") for node in callbacks)
         return {
             "recipes": RecipeParser.recipes,
             "question": opening(self.opening)[0],

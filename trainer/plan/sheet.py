@@ -9,6 +9,7 @@ from rich.console import Console
 
 from trainer.plan.cost import told_hours
 from trainer.plan.fits import MICRO, reserve, told
+from trainer.plan.memory import MOST_IMAGES
 
 _PARTS = {
     "weights": "weights",
@@ -58,6 +59,7 @@ def _memory(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("", f"{answer}: {told(found['usable'])} of {machine['memory_gib']:g} GiB are usable, {reserve()}"))
     what = "image" if plan["frames"] == 1 else "clip"
     most, own, prompts = found["largest"], found["largest_dividing"], plan["prompts_reckoned"]
+    most = f"{most} or more" if most == MOST_IMAGES else most
     text = f"{most} {what}{'s' * (most != 1)} a pass fit with {prompts} prompt{'s' * (prompts != 1)} of each"
     if own is not None and own != step["micro_batch"]:
         text += f"; of those that make up a step of {step['images']}, {own}: {MICRO} {own}"
@@ -77,7 +79,8 @@ def _run(plan: Mapping[str, Any]) -> str:
 def _speed(run: Mapping[str, Any]) -> str:
     if run["images_per_second"] is None:
         return f"images a second: {run['rate_from']}"
-    return f"{run['images_per_second']:.3g} images/s on all GPUs, {run['rate_from']}"
+    rate = run["images_per_second"]
+    return f"{f'{rate:,.0f}' if rate >= 100 else f'{rate:.3g}'} images/s on all GPUs, {run['rate_from']}"
 
 
 def _time(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
