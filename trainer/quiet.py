@@ -21,7 +21,6 @@ def quieten() -> None:
         ".*overridden `on_after_batch_transfer` in `LightningModule`.*",  # meant: each hook has one owner
         ".*smaller than the logging interval.*",  # what is logged is counted over all epochs
         ".*returned a view tensor.*",  # of a sharded block; nothing works in place on it
-        ".*`srun` command is available.*",  # on a login node, or beside a SLURM: `trainer launch` uses it
         ".*callbacks used to create the checkpoint need to be provided.*",  # another monitor, say: harmless
     ):
         warnings.filterwarnings("ignore", noise)
