@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -186,6 +188,25 @@ def test_a_training_here_on_two_ranks_goes_on_when_it_is_launched_again(tiny_rec
     assert trainer_command("launch", tiny_recipe, "--cluster", cluster_file(tmp_path, other, devices=1))[0] == 0
     assert (last_step(str(run)), record_of(run, "002")["state"]) == (4, "ended")
     assert yaml.safe_load((run / "recipe.yaml").read_text())["cluster"] == other
+
+
+def test_a_training_here_that_is_told_to_stop_saves_on_all_ranks(tiny_recipe, tmp_path, trainer_process):
+    cluster = cluster_file(tmp_path, {"kind": "local"}, devices=2)
+    process = trainer_process("launch", tiny_recipe, "--cluster", cluster, "--trainer.max_steps", 5000)
+    run = tmp_path / "run"
+    try:
+        while process.poll() is None and last_step(str(run)) is None:
+            time.sleep(0.2)
+        assert record_of(run)["state"] == "running"
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+        assert process.wait(60) == 143, rest
+    finally:
+        process.kill()
+    assert record_of(run)["state"] == "stopped, saved"
+    assert 1 <= last_step(str(run)) < 5000
+    with (run / "ranks.csv").open() as file:
+        assert last_step(str(run)) == max(int(row["step"]) for row in csv.DictReader(file)), "the step it stopped after"
 
 
 def test_another_recipe_in_the_place_of_a_run_is_refused_before_it_is_queued(
