@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
@@ -151,6 +152,7 @@ class Slurm:
                     env={**os.environ, **self.environment},
                     cwd=self.folder,
                     start_new_session=True,
+                    preexec_fn=_end_with_parent,
                 )
             )
 
@@ -175,3 +177,8 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
+
+
+def _end_with_parent() -> None:
+    """Let a daemon end where the tests are killed and cannot end it: PR_SET_PDEATHSIG."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -25,6 +25,7 @@ from trainer.cli import main
 
 PATIENCE = 180.0
 TRAINING = Variant("DDP, 2 ranks", ranks=2, options=(("trainer.max_epochs", 4),))
+ENDLESS = Variant("endless", ranks=2, options=(("trainer.max_epochs", 10_000),))
 CLUSTER = {"kind": "slurm", "hours": 0.25, "partition": "tests", "signal_seconds": 60}
 Command = Callable[..., str]
 
@@ -83,8 +84,8 @@ def let_go_on(slurm: Slurm, number: str, told: Callable[[], str]) -> None:
     slurm.run("scontrol", "update", f"jobid={number}", "StartTime=now", check=True)
 
 
-def launch_training(trainer: Command, place: Lane, root: Path, cluster: Path) -> str:
-    recipe = write_recipe(cluster.parent / "recipe.yaml", TRAINING.recipe(place.shards, root))
+def launch_training(trainer: Command, variant: Variant, place: Lane, root: Path, cluster: Path) -> str:
+    recipe = write_recipe(cluster.parent / "recipe.yaml", variant.recipe(place.shards, root))
     return number_of(trainer("launch", recipe, "--cluster", cluster))
 
 
@@ -93,7 +94,7 @@ def test_a_training_on_two_nodes_is_preempted_twice_and_ends_as_undisturbed(
 ) -> None:
     expected = place.undisturbed(TRAINING)
     root = tmp_path / "it's a run"
-    number = launch_training(trainer, place, root, cluster)
+    number = launch_training(trainer, TRAINING, place, root, cluster)
 
     def told() -> str:
         return f"{slurm.job(number)}\n{log_of(root)}"
@@ -119,7 +120,7 @@ def test_jobs_lists_tails_and_cancels_for_good(
     slurm: Slurm, place: Lane, cluster: Path, trainer: Command, tmp_path: Path
 ) -> None:
     root = tmp_path / "run"
-    number = launch_training(trainer, place, root, cluster)
+    number = launch_training(trainer, ENDLESS, place, root, cluster)
 
     def told() -> str:
         return f"{slurm.job(number)}\n{log_of(root)}"
