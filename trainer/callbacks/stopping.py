@@ -7,7 +7,8 @@ What they send, and to whom, as seen on a real SLURM 22.05 (`tests/slurm`):
 - ``sbatch --signal=USR1@N``: SIGUSR1 to the tasks and their children, about N seconds before the time limit (13 s late
   as seen: slurmctld looks twice a minute); with ``B:`` to the batch shell alone.
 - ``srun --kill-on-bad-exit`` once a rank has ended with another code than 0: SIGTERM to the other ranks, then SIGKILL.
-- torchrun that gets SIGTERM, or one of whose ranks has ended: SIGTERM to its ranks; SIGKILL after 30 s.
+- torchrun that gets SIGTERM, or one of whose ranks has ended: SIGTERM to its ranks; SIGKILL after 30 s. With
+  ``--max-restarts`` it starts all anew, which with gloo needs ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` (torch 2.14).
 - Kubernetes that evicts a pod: SIGTERM to its first process; SIGKILL after its grace period (30 s by default).
 
 SLURM requeues what it stopped itself (the job is then no longer ``RUNNING``); a time limit it does not: there the job's
