@@ -88,14 +88,15 @@ def check_content(content: Any, where: str, key: str = "") -> None:
         UserError: A key is no text, or a class is unknown, not allowed, or given an argument that it does not have.
     """
     _check_keys(content, f"{where}{key}")
-    for place, node in _classes(content, key):
-        _check_node(node, f"{where}{place}")
     for place, value in flat(content, key).items():
         if value is not None and _SECRET.search(place):
             raise UserError(
                 f"{where}{place}: a recipe holds no keys and passwords, for every run keeps it: take it out, and put "
                 "it into the environment (Weights & Biases: WANDB_API_KEY)"
             )
+    for place, node in _classes(content, key):
+        _check_node(node, f"{where}{place}")
+    for place, value in flat(content, key).items():
         if isinstance(value, str) and not place.endswith("class_path"):
             _check_string(value, place, f"{where}{place}")
 
@@ -226,8 +227,10 @@ def explain(message: str, keys: set[str], recipes: list[str]) -> str:
     if inner and f"key '{inner.group(1)}': " not in text:  # an inner parser explained it, and outer ones wrapped that
         return f"{_file_with(inner.group(1), recipes)}{inner.group()}"
     named = re.search(r'Parser key "([\w.]+)"', text)
+    # of a list in the place of one object it is said first that it is none, which nobody meant
+    text = re.sub(r"Not a valid subclass of \w+ Subclass types .*? \(implicit class_path\) - (?!Expected a |Not a )", "", text)
     # of a union's complaints, wrapped in those of outer unions, the innermost and first says what is wrong
-    text = text.rsplit("Errors: - ", 1)[-1].split(" - Expected a <class 'NoneType'>")[0]
+    text = re.split(r" - Expected a <class '(?:bool|NoneType)'>", text.rsplit("Errors: - ", 1)[-1])[0]
     text = text.split(" - unknown key ")[0].split(" Subclass types expect")[0].split(" Given value type: ")[0]
     text = re.sub(r"(?<=\S) - Not a valid subclass of .*", "", text)
     explained = re.search(r"(recipe \S+: )?key '[\w.]+': .*", text)

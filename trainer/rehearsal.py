@@ -42,6 +42,8 @@ def rehearsing(module: nn.Module) -> Iterator[None]:
     Args:
         module: Module on any device, the meta device too.
     """
+    # autograd's engine, where it starts among fake tensors, would refuse to work in processes forked later
+    torch.ones((), requires_grad=True).backward()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), faked(module, mode), as_on_cuda(), mode:
         warnings.simplefilter("ignore")
