@@ -89,7 +89,7 @@ def count(module: Any) -> Size:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    from trainer.plan.activations import faked
+    from trainer.rehearsal import faked
 
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter knows those of GPUs
     known = {

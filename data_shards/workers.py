@@ -114,13 +114,14 @@ def _signals_blocked() -> Iterator[None]:
 def outlive_sigterm(worker: int) -> None:
     """Let a loader's worker live on for a while after SIGTERM, so that its parent can end its step with it.
 
-    Schedulers send it to every process of a job. A worker that nobody stops ends by itself.
+    Schedulers send it, or SIGUSR1, to every process of a job. A worker that nobody stops ends by itself.
 
     Args:
         worker: Its number.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_OUTLIVE_SECONDS))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: signal.alarm(_OUTLIVE_SECONDS))
 
 
 def _begin(life: Connection, threads: int, counts: Any) -> None:

@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).parents[1]
 # A module may import from its own layer and from those below it; the first is at the top.
 TRAINER_LAYERS = (
     ("trainer.cli",),
+    ("trainer.launch",),
     ("trainer.plan",),
     (
         "trainer.lightning_cli",
@@ -24,16 +25,17 @@ TRAINER_LAYERS = (
     ("trainer.resuming",),
     ("trainer.export", "trainer.segment"),
     ("trainer.callbacks",),
-    ("trainer.restore",),
+    ("trainer.loggers",),
+    ("trainer.restore", "trainer.flops"),
     ("trainer.modules",),
     ("trainer.tuning", "trainer.volumes", "trainer.distributed"),
     ("trainer.checkpoints",),
     ("trainer.models",),
     ("trainer.prompts",),
-    ("trainer.losses", "trainer.metrics", "trainer.ranks", "trainer.report", "trainer.recipe"),
-    ("trainer.presence",),
+    ("trainer.losses", "trainer.metrics", "trainer.ranks", "trainer.report", "trainer.recipe", "trainer.rehearsal"),
+    ("trainer.presence", "trainer.cluster"),
     ("trainer.scores",),
-    ("trainer.run", "trainer.quiet", "trainer.version"),
+    ("trainer.run", "trainer.quiet", "trainer.version", "trainer.hardware"),
     ("trainer",),
 )
 DATA_LAYERS = (

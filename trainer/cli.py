@@ -25,6 +25,8 @@ Fine-tune segmentation foundation models for medicine.
   export       write weights for other tools  trainer export RUN --to litemedsam --out FILE
   consolidate  make one file of a checkpoint  trainer consolidate RUN [--out FILE]
   report       write the run's report.html    trainer report RUN
+  launch       train on a cluster, or here    trainer launch RECIPE --cluster recipes/clusters/local.yaml
+  jobs         list, follow and cancel these  trainer jobs [RUN] · trainer jobs tail RUN -f · trainer jobs cancel RUN
 
 A recipe is one YAML file; later -c files overlay earlier ones, and any key can be given on the command line:
   trainer fit -c recipes/quickstart.yaml -c recipes/overlays/wandb.yaml --trainer.max_steps 50
@@ -36,7 +38,7 @@ Mistakes in the input end with one line and exit code 2.
 """
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = ("plan", *LIGHTNING_COMMANDS, "evaluate", "export", "consolidate", "report")
+COMMANDS = ("plan", *LIGHTNING_COMMANDS, "evaluate", "export", "consolidate", "report", "launch", "jobs")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,6 +83,14 @@ def _main(arguments: list[str]) -> int:
         from trainer.report.cli import report_command
 
         return report_command(rest)
+    if command == "launch":
+        from trainer.launch.cli import launch_command
+
+        return launch_command(rest)
+    if command == "jobs":
+        from trainer.launch.jobs import jobs_command
+
+        return jobs_command(rest)
     raise UserError(f"there is no command '{command}'{nearest(command, COMMANDS)}")
 
 

@@ -22,6 +22,8 @@ from data_shards.errors import UserError
 from trainer.callbacks import (
     EvaluationRecord,
     GracefulStop,
+    Heartbeat,
+    Memory,
     PredictionRecord,
     ProgressLines,
     RandomState,
@@ -38,6 +40,8 @@ from trainer.callbacks import (
 from trainer.callbacks.breakdown import ending, say
 from trainer.callbacks.ema import EMA, EvaluateAverage, check_average
 from trainer.callbacks.watch import RankWatch
+from trainer.cluster import cluster_of
+from trainer.loggers import TensorBoard, WandB, refuse_unguarded
 from trainer.modules.optimization import check_clipping
 from trainer.recipe import check_class, check_content, check_recipe, explain, names_something_in
 from trainer.restore import Weights, average_of, check_fit, find_checkpoint, outline_checkpoint, read_checkpoint
@@ -45,7 +49,7 @@ from trainer.resuming import CheckpointFiles, refuse_another_recipe, refuse_to_o
 from trainer.run import Run
 
 EVERY_RUN = (
-    *(RandomState, Throughput, RankTimes, SampleTrace, StepGuard, GracefulStop),
+    *(RandomState, Throughput, Memory, RankTimes, SampleTrace, StepGuard, GracefulStop, Heartbeat),
     *(ValidationRecord, ValidationPanels, EvaluationRecord, PredictionRecord),
 )
 """Callbacks of every run; a recipe that names one itself sets it up its own way."""
@@ -122,7 +126,9 @@ class RecipeCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Checkpoints are a part of every run."""
+        """Checkpoints are a part of every run; the cluster is written down with it."""
+        described = "The machine that the run is for: checked, recorded, and without effect on it; see trainer launch."
+        parser.add_argument("--cluster", type=dict[str, Any] | None, default=None, help=described)
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
 
@@ -136,7 +142,11 @@ class RecipeCLI(LightningCLI):
         Raises:
             UserError: There is such a value.
         """
+        cluster = self._get(self.config, "cluster")
+        if cluster is not None:  # with what the command line has changed of it
+            cluster_of(cluster, f"recipe {' + '.join(RecipeParser.recipes)}")
         check_clipping(self._get(self.config, "trainer.gradient_clip_val"))
+        refuse_unguarded(self._get(self.config, "trainer.logger"))
         interval = self._get(self.config, "trainer.val_check_interval")
         if isinstance(interval, int | float) and not interval > 0:
             raise UserError(
@@ -174,6 +184,9 @@ class RecipeCLI(LightningCLI):
         run.create()
         named = config.logger if isinstance(config.logger, list) else [config.logger]
         loggers: list[Logger] = [logger for logger in named if isinstance(logger, Logger)]
+        for logger in loggers:
+            if isinstance(logger, TensorBoard | WandB):
+                logger.place(run)
         if config.logger is not False:
             loggers.insert(0, CSVLogger(run.root, name="logs", flush_logs_every_n_steps=1))
         return super().instantiate_trainer(logger=loggers, default_root_dir=str(run.root), **kwargs)

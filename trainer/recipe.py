@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from data_shards.errors import UserError, nearest
+from trainer.cluster import cluster_of
 
 ALLOWED_PACKAGES = ("trainer", "data_shards", "lightning", "torch", "torchmetrics")
 """Where the classes of a recipe may come from."""
@@ -29,9 +30,12 @@ CLASS_HOMES = (
     "trainer.prompts",
     "trainer.callbacks",
     "trainer.distributed",
+    "trainer.loggers",
     "data_shards.datamodule",
 )
 """Where a misspelt class is looked for."""
+_SECRET = re.compile(r"(?i)(^|[._-])(api_?key|access_?key|password|passwd|secret|token)$")
+"""Keys of what is nobody else's business."""
 
 
 def check_recipe(path: str | Path) -> str:
@@ -62,7 +66,10 @@ def check_recipe(path: str | Path) -> str:
         raise UserError(f"recipe {path}: not valid YAML{where} ({getattr(error, 'problem', error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"recipe {path}: expected keys such as model, data and trainer")
-    check_content(content, f"recipe {path}: ")
+    if content.get("cluster") is not None:
+        cluster_of(content["cluster"], f"recipe {path}")
+    # paths and lines of shell in there are no part of the training
+    check_content({name: node for name, node in content.items() if name != "cluster"}, f"recipe {path}: ")
     for name in ("trainer", "checkpoint"):
         if not isinstance(content.get(name, {}), dict):
             raise UserError(f"recipe {path}: {name}: expected keys below it, not {content[name]!r}")
@@ -81,6 +88,12 @@ def check_content(content: Any, where: str, key: str = "") -> None:
         UserError: A key is no text, or a class is unknown, not allowed, or given an argument that it does not have.
     """
     _check_keys(content, f"{where}{key}")
+    for place, value in flat(content, key).items():
+        if value is not None and _SECRET.search(place):
+            raise UserError(
+                f"{where}{place}: a recipe holds no keys and passwords, for every run keeps it: take it out, and put "
+                "it into the environment (Weights & Biases: WANDB_API_KEY)"
+            )
     for place, node in _classes(content, key):
         _check_node(node, f"{where}{place}")
     for place, value in flat(content, key).items():
@@ -214,8 +227,10 @@ def explain(message: str, keys: set[str], recipes: list[str]) -> str:
     if inner and f"key '{inner.group(1)}': " not in text:  # an inner parser explained it, and outer ones wrapped that
         return f"{_file_with(inner.group(1), recipes)}{inner.group()}"
     named = re.search(r'Parser key "([\w.]+)"', text)
+    # of a list in the place of one object it is said first that it is none, which nobody meant
+    text = re.sub(r"Not a valid subclass of \w+ Subclass types .*? \(implicit class_path\) - (?!Expected a |Not a )", "", text)
     # of a union's complaints, wrapped in those of outer unions, the innermost and first says what is wrong
-    text = text.rsplit("Errors: - ", 1)[-1].split(" - Expected a <class 'NoneType'>")[0]
+    text = re.split(r" - Expected a <class '(?:bool|NoneType)'>", text.rsplit("Errors: - ", 1)[-1])[0]
     text = text.split(" - unknown key ")[0].split(" Subclass types expect")[0].split(" Given value type: ")[0]
     text = re.sub(r"(?<=\S) - Not a valid subclass of .*", "", text)
     explained = re.search(r"(recipe \S+: )?key '[\w.]+': .*", text)
@@ -297,42 +312,6 @@ def flat(node: Any, key: str = "") -> dict[str, Any]:
     for name, child in items:
         found |= flat(child, f"{key}.{name}" if key else name)
     return found
-
-
-class _Absent:
-    """In the place of a value that a recipe does not have."""
-
-    def __repr__(self) -> str:
-        return "nothing"
-
-
-ABSENT = _Absent()
-
-
-def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """What differs between two recipes, by dotted key; the other's value is `ABSENT` where one of them alone has a key.
-
-    Where another class is named its arguments are not compared.
-    """
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        names = [*old, *(name for name in new if name not in old)]
-        if old.get("class_path") != new.get("class_path"):
-            names = ["class_path"]
-        pairs = {str(name): (old.get(name, ABSENT), new.get(name, ABSENT)) for name in names}
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = {str(number): both for number, both in enumerate(zip(old, new, strict=True))}
-    else:
-        if old != new:
-            yield key, old, new
-        return
-    for name, (one, other) in pairs.items():
-        yield from changes(one, other, f"{key}.{name}" if key else name)
-
-
-def shown(value: Any) -> str:
-    """A value of a recipe in a few words; of a class its name."""
-    text = str(value.get("class_path", value) if isinstance(value, Mapping) else value)
-    return text if len(text) < 80 else text[:79] + "…"
 
 
 def dotted_keys(node: Any, key: str = "") -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from data_shards.errors import UserError
 from trainer.checkpoints import read, remove, write
 from trainer.checkpoints.tree import mapped
 from trainer.ranks import every_rank
-from trainer.recipe import ABSENT, changes, shown
 from trainer.restore import outline_checkpoint
 from trainer.run import Run
 from trainer.version import CODE, code, code_changes
@@ -148,3 +147,39 @@ def _copied(leaf: Any) -> Any:
 def _warn(line: str) -> None:
     if rank_zero_only.rank == 0:
         print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+class _Absent:
+    """In the place of a value that a recipe does not have."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+ABSENT = _Absent()
+
+
+def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two recipes, by dotted key; the other's value is `ABSENT` where one of them alone has a key.
+
+    Where another class is named its arguments are not compared.
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = [*old, *(name for name in new if name not in old)]
+        if old.get("class_path") != new.get("class_path"):
+            names = ["class_path"]
+        pairs = {str(name): (old.get(name, ABSENT), new.get(name, ABSENT)) for name in names}
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = {str(number): both for number, both in enumerate(zip(old, new, strict=True))}
+    else:
+        if old != new:
+            yield key, old, new
+        return
+    for name, (one, other) in pairs.items():
+        yield from changes(one, other, f"{key}.{name}" if key else name)
+
+
+def shown(value: Any) -> str:
+    """A value of a recipe in a few words; of a class its name."""
+    text = str(value.get("class_path", value) if isinstance(value, Mapping) else value)
+    return text if len(text) < 80 else text[:79] + "…"

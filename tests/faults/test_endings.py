@@ -38,7 +38,7 @@ def ended(error: BaseException, run: Run, ranks: int = 1, fitting: bool = True, 
     launcher = SimpleNamespace(procs=[])
     trainer: Any = SimpleNamespace(
         default_root_dir=str(run.root), world_size=ranks, global_rank=1, global_step=43, interrupted=False,
-        datamodule=None, strategy=SimpleNamespace(launcher=launcher), **values,
+        callbacks=[], datamodule=None, strategy=SimpleNamespace(launcher=launcher), **values,
     )  # fmt: skip
     return ending(error, trainer, watch.RankWatch(trainer), fitting=fitting)
 

@@ -130,6 +130,7 @@ def main(
         def __init__(self) -> None:
             self.losses: list[float] = []
             self.norms: list[float] = []
+            self.parts: list[dict[str, float]] = []
             self.gradients: dict[str, torch.Tensor] = {}
 
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
@@ -147,6 +148,10 @@ def main(
             self.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
             if "train/grad_norm" in trainer.callback_metrics:
                 self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+                shown = {
+                    n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith(("train/grad", "train/lr"))
+                }
+                self.parts.append(shown)
 
     note = Note()
     made = FSDP2(**(strategy_arguments or {})) if strategy == "fsdp2" else strategy
@@ -172,7 +177,8 @@ def main(
     metrics = {name: float(value) for name, value in engine.callback_metrics.items()}
     torch.save(
         {
-            "losses": note.losses, "norms": note.norms, "weights": weights, "gradients": note.gradients,
+            "losses": note.losses, "norms": note.norms, "parts": note.parts, "weights": weights,
+            "gradients": note.gradients,
             "held": sum(local.values()), "moments": {str(kind) for kind in moments}, "metrics": metrics,
         },
         Path(root) / f"found-{engine.global_rank}.pt",

@@ -109,16 +109,24 @@ class Watch(Callback):
 
     def __init__(self) -> None:
         self.logged: list[float | None] = []
+        self.all: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         value = trainer.callback_metrics.get("train/grad_norm")
         self.logged.append(None if value is None else float(value))
+        self.all.append({name: float(each) for name, each in trainer.callback_metrics.items()})
 
 
-def fit(tmp_path: Path, fused: bool = False, **arguments: Any) -> tuple[list[Tensor], list[float | None]]:
+def fit(
+    tmp_path: Path,
+    fused: bool = False,
+    module: LightningModule | None = None,
+    watch: Watch | None = None,
+    **arguments: Any,
+) -> tuple[list[Tensor], list[float | None]]:
     """Gradients of four steps as they were learnt from, and the norms that were logged after each batch."""
     torch.manual_seed(0)
-    module, watch = Line(fused), Watch()
+    module, watch = module or Line(fused), watch or Watch()
     trainer = Trainer(
         accelerator="cpu",
         max_steps=4,
@@ -171,6 +179,63 @@ def test_the_norm_is_computed_only_where_it_is_needed(tmp_path: Path, monkeypatc
     asked.clear()
     fit(tmp_path, log_every_n_steps=0, gradient_clip_val=1.0, gradient_clip_algorithm="value")
     assert not asked
+
+
+class Parts(Line):
+    """A model of two parts, one of which learns slower, and something that gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.ModuleDict({"encoder": nn.Linear(4, 3), "head": nn.Linear(3, 1), "idle": nn.Linear(2, 2)})
+        del self.layer
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (10 * self.model["head"](self.model["encoder"](batch))).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        groups = [
+            {"params": [self.model["encoder"].weight], "lr": 1e-4},
+            {"params": [self.model["encoder"].bias], "lr": 2e-4},
+            {"params": [*self.model["head"].parameters(), *self.model["idle"].parameters()], "lr": 1e-3},
+        ]
+        optimizer = torch.optim.AdamW(groups)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        before = {
+            name: [p.grad.clone() for p in part.parameters() if p.grad is not None] for name, part in self.parts()
+        }
+        self.before = {name: float(nn.utils.get_total_norm(found)) if found else 0.0 for name, found in before.items()}
+        guard_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.taken.append(torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None]))
+
+    def parts(self) -> Any:
+        return self.model.items()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_norms_before_clipping_and_rates_are_logged_for_each_part(tmp_path: Path) -> None:
+    module, watch = Parts(), Watch()
+    taken, _ = fit(tmp_path, module=module, watch=watch, gradient_clip_val=1.0)
+    assert norms(taken) == pytest.approx([1.0] * 4, rel=1e-5)
+    last = watch.all[-1]
+    assert {name: last[f"train/grad_norm/{name}"] for name in module.before} == pytest.approx(module.before)
+    assert module.before["idle"] == 0.0 and module.before["encoder"] > 1
+    total = sum(last[f"train/grad_norm/{name}"] ** 2 for name in module.before) ** 0.5
+    assert last["train/grad_norm"] == pytest.approx(total)
+    for step, row in enumerate(watch.all):  # the rate that the step learnt at, not the next one's
+        assert row["train/lr"] == pytest.approx(1e-3 / (1 + step))
+        assert row["train/lr/encoder"] == pytest.approx(2e-4 / (1 + step))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_logging_changes_nothing_that_is_learnt(tmp_path: Path) -> None:
+    often, seldom = (fit(tmp_path, module=Parts(), log_every_n_steps=n, gradient_clip_val=1.0)[0] for n in (1, 100))
+    assert all(torch.equal(*pair) for pair in zip(often, seldom, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from trainer.models import weights
-from trainer.plan.cli import PlanCLI, step
+from trainer.plan.planned import PlanCLI, step
 
 REPOSITORY = Path(__file__).parents[2]
 MEDSAM = REPOSITORY / "recipes/medsam"

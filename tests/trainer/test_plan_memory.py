@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from trainer import rehearsal
 from trainer.losses import SetPredictionLoss
 from trainer.models import SAM3, LiteMedSAM, MedSAM
 from trainer.models.medsam import ViT
@@ -25,10 +26,11 @@ from trainer.models.sam3 import SAM3Shape
 from trainer.modules import MedSAMModule, SAM3Module
 from trainer.modules.scoring import ScoredModule
 from trainer.plan import activations
-from trainer.plan.activations import StorageMeter, as_on_cuda, memory_at, pass_bytes
-from trainer.plan.cli import prompts_per_image
+from trainer.plan.activations import StorageMeter, memory_at, pass_bytes
+from trainer.plan.planned import prompts_per_image
 from trainer.plan.text import show_memory
 from trainer.prompts import ClickPrompts
+from trainer.rehearsal import as_on_cuda
 
 Command = Callable[..., tuple[int, str, str]]
 TINY_VIT = ViT(width=32, depth=3, heads=2, global_blocks=(1,), window=3)
@@ -108,7 +110,7 @@ def test_real_modules_allocate_what_was_said(
     make: Callable[[bool], ScoredModule], again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the CPU has no fused attention with a bias that learns, so both take the plain one
-    monkeypatch.setattr(activations, "fused_attention", math_attention)
+    monkeypatch.setattr(rehearsal, "fused_attention", math_attention)
     module = make(again)
     with sdpa_kernel(SDPBackend.MATH):
         real = allocated(module, lambda: module.rehearse(10, 2))

@@ -59,6 +59,9 @@ def compare(one: dict[str, Any], found: list[dict[str, Any]], close: float = 1e-
         for name, gradient in one["gradients"].items():
             torch.testing.assert_close(each["gradients"][name], gradient, rtol=0, atol=close * largest, msg=name)
         torch.testing.assert_close(each["norms"], one["norms"], rtol=5 * close, atol=0)
+        for mine, theirs in zip(each["parts"], one["parts"], strict=True):  # of every part of the model, and rates
+            assert len(mine) > 3 and mine.keys() == theirs.keys()
+            torch.testing.assert_close(mine, theirs, rtol=5 * close, atol=close * theirs["train/grad_norm"])
     mean = torch.tensor([each["losses"] for each in found]).mean(0)
     # Adam's step of a gradient that is nothing but rounding is not: later steps are as far apart as that makes them
     torch.testing.assert_close(mean, torch.tensor(one["losses"]), rtol=5 * close, atol=0)

@@ -6,6 +6,8 @@ from trainer.callbacks.concept_probes import BoxGivenProbe, SynonymProbe
 from trainer.callbacks.ema import EMA
 from trainer.callbacks.evaluation import EvaluationRecord
 from trainer.callbacks.guard import StepGuard
+from trainer.callbacks.heartbeat import Heartbeat
+from trainer.callbacks.memory import Memory
 from trainer.callbacks.panels import ValidationPanels
 from trainer.callbacks.predictions import PredictionRecord
 from trainer.callbacks.probes import BoxJitterProbe
@@ -26,6 +28,8 @@ __all__ = [
     "CompileBlocks",
     "EvaluationRecord",
     "GracefulStop",
+    "Heartbeat",
+    "Memory",
     "PredictionRecord",
     "ProgressLines",
     "RandomState",

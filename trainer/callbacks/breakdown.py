@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from data_shards.errors import UserError
-from trainer.callbacks.stopping import STOPPED
+from trainer.callbacks.heartbeat import heartbeat_of
+from trainer.callbacks.stopping import STOPPED, signal_that_stopped
 from trainer.callbacks.watch import RankWatch
 from trainer.checkpoints import step_in_name
 from trainer.run import Run
@@ -50,10 +51,11 @@ def ending(error: BaseException, trainer: Trainer, ranks: RankWatch, *, fitting:
     run = Run(trainer.default_root_dir)
     if isinstance(error, SIGTERMException):
         ranks.end(_PATIENCE)
-        say(f"stopped by SIGTERM at step {trainer.global_step}: {how_to_go_on(run, trainer.global_step)}")
+        step = trainer.global_step
+        say(f"stopped by {signal_that_stopped(trainer)} at step {step}: {how_to_go_on(run, step)}")
         return SystemExit(STOPPED)
     said = lost_rank(error) if trainer.world_size > 1 else None
-    gone = ranks.wait_for_loss() if said else None
+    gone = _lost_ranks(trainer, ranks) if said else None
     ranks.end()
     if gone and ranks.explained():
         return SystemExit(2)  # that rank has said why it ended
@@ -147,6 +149,16 @@ def _lost(trainer: Trainer, said: str | None, gone: str | None) -> str | None:
         return None
     who = gone or "see what that one or its machine says"
     return f"rank {trainer.global_rank} lost another rank at step {trainer.global_step} ({said}): {who}"
+
+
+def _lost_ranks(trainer: Trainer, ranks: RankWatch) -> str | None:
+    """Which ranks are gone, as those say that were started from here, or else the heartbeats; this rank leaves."""
+    heartbeat = heartbeat_of(trainer)
+    gone = ranks.wait_for_loss()
+    if heartbeat is not None:
+        gone = gone or heartbeat.lost()
+        heartbeat.leave()
+    return gone
 
 
 def _there(path: Path) -> Path:

@@ -87,7 +87,7 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 class ValidationPanels(Callback):
     """Draws prediction against truth at the same targets after each validation: ``panels/step-000100.png`` of the run.
 
-    Loggers that take images, such as Weights & Biases, get the picture too.
+    Loggers that take images, such as Weights & Biases, get the picture too, without the samples' keys.
 
     Args:
         count: How many samples are shown, evenly spread over the validation split; one target of each.
@@ -126,6 +126,7 @@ class ValidationPanels(Callback):
         temporary = path.with_name(path.name + ".tmp")
         sheet.save(temporary, format="png")
         temporary.replace(path)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("val/panels", [sheet], step=trainer.global_step)
+        takers = [logger for logger in trainer.loggers if hasattr(logger, "log_image")]
+        shown = draw_sheet(panels, f"step {trainer.global_step}", keys=False) if takers else None
+        for logger in takers:
+            logger.log_image("val/panels", [shown], step=trainer.global_step)

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from data_shards.datamodule import TripletDataModule
+from trainer.loggers import TensorBoard, WandB, told
 from trainer.modules.tuned import TunedModule
 from trainer.run import Run, opening, write_json, write_whole
 from trainer.version import git
@@ -21,7 +22,10 @@ PACKAGES = ("sam-trainer", "torch", "lightning", "transformers", "timm", "peft",
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes ``recipe.yaml`` (resolved, below the recipe's own opening comment) and ``run.json`` at a fit's start."""
+    """Writes ``recipe.yaml`` (resolved, below the recipe's own opening comment) and ``run.json`` at a fit's start.
+
+    Every logger is told what `trainer.loggers.told` makes of them.
+    """
 
     def __init__(self, *args: Any, opening_comment: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "overwrite": True, "save_to_log_dir": False})
@@ -47,8 +51,14 @@ class RunRecord(SaveConfigCallback):
         config = self.config.clone()
         config["ckpt_path"] = None  # how this attempt was started is no part of the recipe
         text = self.parser.dump(config, skip_none=False, skip_link_targets=False, format="yaml")
+        recipe = yaml.safe_load(text)
+        record = describe(trainer, pl_module, self.opening_comment, recipe)
         write_whole(run.recipe, self.opening_comment + text)
-        write_json(run.record, describe(trainer, pl_module, self.opening_comment, yaml.safe_load(text)))
+        write_json(run.record, record)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoard | WandB):
+                logger.place(run, trainer.global_step)
+            logger.log_hyperparams(told(record, recipe))
 
 
 def describe(trainer: Trainer, module: LightningModule, opening_comment: str, recipe: dict[str, Any]) -> dict[str, Any]:

@@ -167,6 +167,8 @@ def guard_gradients(
 ) -> None:
     """Judge and clip what an optimiser is about to learn from, and log ``train/grad_norm``: the norm before clipping.
 
+    At logged steps those of the model's parts are logged too, and learning rates: see `log_parts`.
+
     To be called by `LightningModule.configure_gradient_clipping`, which Lightning does before every optimiser step,
     clipping or not. A module's ``judge``, where it has one, is told the norm; if it says no the step learns nothing:
     without gradients AdamW leaves weights, moments and decay alone. Without judge and clipping the norm is computed at
@@ -195,6 +197,7 @@ def guard_gradients(
     norm = gradient_norm(gradients) if judge is not None or logged or not by_value else None
     if logged:
         module.log("train/grad_norm", norm, on_step=True, on_epoch=False, batch_size=1)
+        log_parts(module, optimizer)
     if judge is not None and norm is not None and not judge(norm):
         optimizer.zero_grad(set_to_none=True)
     elif limit and by_value:
@@ -203,30 +206,65 @@ def guard_gradients(
         clip_to_norm(gradients, limit, norm)
 
 
+def log_parts(module: LightningModule, optimizer: Optimizer) -> None:
+    """Log ``train/grad_norm/PART``, ``train/lr`` and ``train/lr/PART``, at a step that is logged anyway.
+
+    A part of the model is what the first word of its parameters' names says, such as ``image_encoder``; a rate is the
+    largest of those in it (layer decay has many), and ``train/lr`` the largest of all. The norms' squares add up to
+    that of ``train/grad_norm``: they are of the same gradients, before clipping. Nothing here waits for the device.
+
+    Args:
+        module: The module in training.
+        optimizer: The optimiser that is about to step.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            part = names.get(id(parameter), "rest").removeprefix("model.").partition(".")[0]
+            rates[part] = max(rates.get(part, 0.0), float(group["lr"]))
+            parts[part] += [] if parameter.grad is None else [parameter.grad]
+    norms = _square_sums(list(parts.values())).sqrt()
+    found: dict[str, Any] = {f"train/grad_norm/{part}": norm for part, norm in zip(parts, norms, strict=True)}
+    found |= {f"train/lr/{part}": rate for part, rate in rates.items()} | {"train/lr": max(rates.values())}
+    module.log_dict(found, on_step=True, on_epoch=False, batch_size=1)
+
+
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """2-norm of all gradients as one vector, a scalar: the same on every rank, and the same as on one.
 
     Shards of a sharded gradient (DTensor, as FSDP2 makes them) are summed over the ranks that hold them, those of one
     mesh at once; a gradient that every rank has whole is counted once.
     """
-    parts: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        if isinstance(gradient, DTensor):
-            whole = [Replicate() if place.is_partial() else place for place in gradient.placements]
-            gradient = gradient.redistribute(placements=whole)
-            dimensions = tuple(i for i, place in enumerate(whole) if not place.is_replicate())
-            parts[gradient.device_mesh, dimensions].append(gradient.to_local())
-        else:
-            parts[None, ()].append(gradient)
-    if not parts:
-        return torch.zeros(())
-    squares = []
-    for (mesh, dimensions), shards in parts.items():
-        square = torch.nn.utils.get_total_norm(shards).square()
+    return _square_sums([gradients])[0].sqrt()
+
+
+def _square_sums(groups: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Sums of the squares of each group's gradients over all ranks, one number a group."""
+    held: dict[tuple[Any, tuple[int, ...]], list[list[Tensor]]] = {}
+    for number, gradients in enumerate(groups):
+        for gradient in gradients:
+            mesh: Any = None
+            dimensions: tuple[int, ...] = ()
+            local = gradient
+            if isinstance(gradient, DTensor):
+                whole = [Replicate() if place.is_partial() else place for place in gradient.placements]
+                gradient = gradient.redistribute(placements=whole)
+                dimensions = tuple(i for i, place in enumerate(whole) if not place.is_replicate())
+                mesh, local = gradient.device_mesh, gradient.to_local()
+            held.setdefault((mesh, dimensions), [[] for _ in groups])[number].append(local)
+    if not held:
+        return torch.zeros(len(groups))
+    found = []
+    for (mesh, dimensions), mine in held.items():
+        device = next(shard for shards in mine for shard in shards).device
+        norms = [torch.nn.utils.get_total_norm(shards) if shards else torch.zeros(()) for shards in mine]
+        squares = torch.stack([norm.to(device) for norm in norms]).square()
         for dimension in dimensions:
-            dist.all_reduce(square, group=mesh.get_group(dimension))
-        squares.append(square)
-    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+            dist.all_reduce(squares, group=mesh.get_group(dimension))
+        found.append(squares)
+    return torch.stack([squares.to(found[0].device) for squares in found]).sum(0)
 
 
 def clip_to_norm(gradients: Sequence[Tensor], limit: float, norm: Tensor) -> None:

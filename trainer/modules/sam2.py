@@ -222,6 +222,13 @@ class SAM2Module(AnsweringModule):
             losses["loss"] = losses["loss"] + self.nothing_learnt()
         return losses, shown
 
+    def asked(self, batch: TripletBatch) -> int:
+        """How many objects a training's pass over a batch follows, each through all frames of its clip."""
+        owners = batch.image_index.tolist()
+        if not batch.objects:
+            return len(owners)
+        return len({(owner // batch.frames, thing) for owner, thing in zip(owners, batch.objects, strict=True)})
+
     def rehearse(self, images: int, prompts: int, frames: int = 1) -> Tensor:
         """Loss of a pass over made-up clips with so many objects each, asked with boxes."""
         side, device, count = self.model.preprocessing.image_size, self.device, images * prompts

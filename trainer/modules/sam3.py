@@ -161,7 +161,7 @@ class SAM3Module(AnsweringModule):
 
     def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
         """The set-prediction loss over all concepts of the batch, those that are there and those that are absent."""
-        concepts = drawn_terms(concepts_of(batch), self.terms_per_image, self.current_epoch)
+        concepts = self._drawn(batch)
         if not concepts:  # every sample was damaged and skipped, or shows nothing that was looked for
             nothing = self.nothing_learnt()
             self.loss.count(None, self.device)  # the other ranks count together with this one
@@ -179,6 +179,14 @@ class SAM3Module(AnsweringModule):
         side = self.model.preprocessing.image_size
         features = self.model.encode(torch.zeros(1, 3, side, side, device=self.device))
         return zero_of(self.model.detect(features, ConceptPrompts(torch.zeros(1, dtype=torch.int64), ["nothing"])))
+
+    def _drawn(self, batch: TripletBatch) -> list[Concept]:
+        """The concepts that a training asks for."""
+        return drawn_terms(concepts_of(batch), self.terms_per_image, self.current_epoch)
+
+    def asked(self, batch: TripletBatch) -> int:
+        """How many concepts a training's pass over a batch asks for."""
+        return len(self._drawn(batch))
 
     def rehearse(self, images: int, prompts: int) -> Tensor:
         """Loss of a pass over made-up images: each of their concepts has one instance, and a text of its own."""

@@ -80,6 +80,10 @@ class ScoredModule(LightningModule):
         """
         raise NotImplementedError(f"{type(self).__name__} has no rehearsal")
 
+    def asked(self, batch: TripletBatch) -> int:
+        """How many prompts a training's pass over a batch asks, in the words of `rehearse`."""
+        return len(batch.masks)
+
     def counts(self, batch: TripletBatch, row: int) -> bool:
         """Whether a target of a batch is scored."""
         return True

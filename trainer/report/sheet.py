@@ -21,12 +21,13 @@ _TRUTH, _PREDICTION, _PROMPT = "#56b4e9", "#ffb000", "#ffffff"
 """As in the report."""
 
 
-def draw_sheet(panels: Sequence[Panel], title: str) -> Image.Image:
+def draw_sheet(panels: Sequence[Panel], title: str, keys: bool = True) -> Image.Image:
     """Draw panels in rows of `COLUMNS`: blue is the truth, orange the prediction, white the prompt.
 
     Args:
         panels: What is drawn, at least one.
         title: A line above them.
+        keys: Whether samples are named.
     """
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
@@ -38,7 +39,7 @@ def draw_sheet(panels: Sequence[Panel], title: str) -> Image.Image:
         row, column = divmod(number, columns)
         place = (column * TILE, _CAPTION + row * (TILE + _CAPTION))
         sheet.paste(draw_tile(panel), place)
-        words = f"{score(panel.dsc)}  {panel.term}  {panel.key}"
+        words = f"{score(panel.dsc)}  {panel.term}" + (f"  {panel.key}" if keys else "")
         _write(draw, (place[0] + 4, place[1] + TILE + 1), words, TILE - 8, font)
     return sheet
 
