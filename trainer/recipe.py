@@ -228,7 +228,8 @@ def explain(message: str, keys: set[str], recipes: list[str]) -> str:
         return f"{_file_with(inner.group(1), recipes)}{inner.group()}"
     named = re.search(r'Parser key "([\w.]+)"', text)
     # of a list in the place of one object it is said first that it is none, which nobody meant
-    text = re.sub(r"Not a valid subclass of \w+ Subclass types .*? \(implicit class_path\) - (?!Expected a |Not a )", "", text)
+    no_object = r"Not a valid subclass of \w+ Subclass types .*? \(implicit class_path\) - "
+    text = re.sub(rf"{no_object}(?!Expected a |Not a )", "", text)
     # of a union's complaints, wrapped in those of outer unions, the innermost and first says what is wrong
     text = re.split(r" - Expected a <class '(?:bool|NoneType)'>", text.rsplit("Errors: - ", 1)[-1])[0]
     text = text.split(" - unknown key ")[0].split(" Subclass types expect")[0].split(" Given value type: ")[0]
