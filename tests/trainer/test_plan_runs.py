@@ -3,7 +3,7 @@
 Said and held in MiB, as found on torch 2.14: MedSAM 162.9 and 162.9, recomputed 144.7 and 144.7, with LoRA 153.2 and
 149.1, two passes a step with an average of the weights 134.3 and 134.3, DDP 134.3 and 134.3; LiteMedSAM 796.7 and
 796.7; SAM2 on images 64.5 and 63.7, on clips 74.2 and 74.3, recomputed 35.5 and 35.6; SAM3 46.1 and 45.9, recomputed
-39.0 and 42.2, with LoRA 21.1 and 21.1. Under FSDP2 148.9 are said, and 156.7 to 158.0 were held on an idle machine, 175.2
+39.0 and 42.2, with LoRA 21.1 and 21.1. Under FSDP2 148.9 are said; 156.7 to 158.0 were held on an idle machine, 175.2
 on a busy one: gloo's threads free their buffers later there. Full-size models on a GPU could not be run here.
 """
 
