@@ -62,9 +62,9 @@ def _memory(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     most = f"{most} or more" if most == MOST_IMAGES else most
     text = f"{most} {what}{'s' * (most != 1)} a pass fit with {prompts} prompt{'s' * (prompts != 1)} of each"
     if own is not None and own != step["micro_batch"]:
-        text += f"; of those that make up a step of {step['images']}, {own}: {MICRO} {own}"
+        text += f"; of those that divide a step of {step['images']}, {own}: {MICRO} {own}"
     elif own is not None:
-        text += f"; of those that make up a step of {step['images']}, the recipe's {own} is the largest"
+        text += f"; of those that divide a step of {step['images']}, the recipe's {own} is the largest"
     return [*rows, ("largest", text)]
 
 
