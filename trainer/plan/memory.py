@@ -142,5 +142,6 @@ def most_images(room: int, measured: Callable[[int], int], own: int) -> int:
         low, high = sorted(known, key=lambda images: abs(known[images] - room))[:2]
         slope = (known[high] - known[low]) / (high - low)
         wanted = min(MOST_IMAGES, int(low + (room - known[low]) / slope)) if slope > 0 else MOST_IMAGES
-        guess = wanted if fits < wanted < too_many else (fits + too_many) // 2
+        guess = max(wanted, fits + 1)  # a line that ends at what fits asks for the next one, not for many more
+        guess = guess if guess < too_many else (fits + too_many) // 2
     return fits
