@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def read_options(arguments: Sequence[str]) -> Options:
 def _cluster_in(words: Sequence[str]) -> tuple[Cluster, str] | None:
     """The last cluster file among the recipes; a file that cannot be read is the recipe parser's to refuse."""
     found = None
-    for word, value in zip(words, [*words[1:], ""], strict=True):
+    for word, value in pairwise([*words, ""]):
         name, equals, rest = word.partition("=")
         if name not in ("-c", "--config"):
             continue
