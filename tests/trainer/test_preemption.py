@@ -92,7 +92,6 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_ends_as_undisturbed(pla
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-3000:]
-    assert f"rank 1 on {socket.gethostname()} is gone" in said, said[-3000:]
     assert "going on from" in said
     compare(left_by(place.root), place.expected[TWO.name])
 
