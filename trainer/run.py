@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from data_shards.errors import UserError
+
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a fit that SIGTERM or SIGUSR1 ended, as shells have it for the first: it is saved, and can go on."""
 
 
 class Run:
@@ -96,6 +100,12 @@ class Run:
         stages = read_json(self.stages) if self.stages.is_file() else {}
         before = 0.0 if anew else stages.get(name, 0.0)
         write_json(self.stages, {**stages, name: round(before + seconds, 2)})
+
+
+def step_in_name(path: Path) -> int:
+    """The step in a checkpoint's name, such as ``step-000500.ckpt``; −1 where there is none."""
+    number = path.stem.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def opening(text: str) -> tuple[str, str]:

@@ -15,10 +15,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from data_shards.errors import UserError
 from trainer.callbacks.heartbeat import heartbeat_of
-from trainer.callbacks.stopping import STOPPED, signal_that_stopped
+from trainer.callbacks.stopping import signal_that_stopped
 from trainer.callbacks.watch import RankWatch
 from trainer.checkpoints import step_in_name
-from trainer.run import Run
+from trainer.run import STOPPED, Run
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXT = re.compile(r"No space left on device|Disk quota exceeded|File too large")

@@ -12,8 +12,8 @@ What they send, and to whom, as seen on a real SLURM 22.05 (`tests/slurm`):
 - Kubernetes that evicts a pod: SIGTERM to its first process; SIGKILL after its grace period (30 s by default).
 
 SLURM requeues what it stopped itself (the job is then no longer ``RUNNING``); a time limit it does not: there the job's
-script calls ``scontrol requeue`` where the exit code is `STOPPED`. A job that was cancelled must not do so: it would be
-started again.
+script calls ``scontrol requeue`` where the exit code is `trainer.run.STOPPED`. A job that was cancelled must not do so:
+it would be started again.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
-STOPPED = 128 + signal.SIGTERM
-"""Exit code of what either signal ended, as shells have it for SIGTERM: it was saved, and goes on if started again."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -10,7 +10,7 @@ import time
 
 from lightning.pytorch import Trainer
 
-from trainer.callbacks.stopping import STOPPED
+from trainer.run import STOPPED
 
 _PARENT = "SAM_TRAINER_FIRST_RANK"
 """Environment variable with the process that started the other ranks."""

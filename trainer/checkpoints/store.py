@@ -25,6 +25,7 @@ from trainer.checkpoints.file import (
 from trainer.checkpoints.mark import Advance, Mark, sync
 from trainer.checkpoints.ranks import checkpoint_group, rank_of, together
 from trainer.checkpoints.tree import is_sharded
+from trainer.run import step_in_name
 
 LAST = "last.ckpt"
 """Link to the newest complete step checkpoint; a file of its own in older runs."""
@@ -183,12 +184,6 @@ def step_checkpoints(folder: Path) -> list[Path]:
     """Step checkpoints of a run, complete or not, oldest first."""
     found = {path: _STEP.fullmatch(path.name) for path in folder.glob("step-*.ckpt")}
     return sorted((path for path, match in found.items() if match), key=step_in_name)
-
-
-def step_in_name(path: Path) -> int:
-    """The step in a checkpoint's name, such as ``step-000500.ckpt``; −1 where there is none."""
-    number = path.stem.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
 
 
 def newest_good(folder: Path, say: Callable[[str], object], before: int | None = None) -> Path | None:

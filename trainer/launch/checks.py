@@ -6,17 +6,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from data_shards.errors import UserError
 from data_shards.sampler import GlobalOrderSampler
 from trainer.cluster import Cluster, cluster_of, places, read_cluster
 from trainer.launch.job import Task, next_folder
-from trainer.lightning_cli import RecipeCLI
 from trainer.plan.fits import refuse_what_cannot_fit
-from trainer.plan.planned import PlanCLI
+from trainer.plan.planned import PlanCLI, ReadCLI
 from trainer.restore import outline_checkpoint
 from trainer.resuming import refuse_another_recipe
 from trainer.run import Run
@@ -43,19 +39,8 @@ class Checked:
     devices: bool
 
 
-class LaunchCLI(RecipeCLI):
-    """The command line of ``trainer fit`` up to the point where it would make anything."""
-
-    def _set_seed(self) -> None:
-        """Nothing is drawn."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
-
-    def instantiate_classes(self) -> None:
-        """Nothing is made: only what the recipe says is looked at."""
-        text = self._parser("fit").dump(self.config["fit"], skip_none=False, skip_link_targets=False, format="yaml")
-        self.resolved: dict[str, Any] = yaml.safe_load(text)
+class LaunchCLI(ReadCLI):
+    """A recipe that is about to be launched."""
 
     def check(self, words: Sequence[str], where: str) -> Checked:
         """Check what a job would stumble over.

@@ -11,9 +11,7 @@ from types import FrameType
 
 from trainer.launch.environment import variables
 from trainer.launch.job import Job, Task
-
-STOPPED = 128 + signal.SIGTERM
-"""Exit code of a training that was told to stop, and has saved; torchrun itself ends with 1 whatever its ranks say."""
+from trainer.run import STOPPED
 
 
 def command(job: Job, task: Task) -> list[str]:
@@ -66,6 +64,7 @@ def run(job: Job, task: Task, started: Callable[[int], None]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    # torchrun itself ends with 1, whatever its ranks say
     if code and set(told) & {signal.SIGTERM, signal.SIGUSR1}:
         return STOPPED
     if code and signal.SIGINT in told:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_shards.errors import UserError
-from trainer.run import Run, read_json, write_json
+from trainer.run import Run, read_json, step_in_name, write_json
 
 RECORD = "job.json"
 _DEEPEST = 6
@@ -97,6 +96,6 @@ def last_step(root: str) -> int | None:
     """Step of a run's newest checkpoint, by its name; None where there is none."""
     checkpoints = Run(root).checkpoints
     last = checkpoints / "last.ckpt"
-    names = [last.readlink().name] if last.is_symlink() else [path.name for path in checkpoints.glob("step-*.ckpt")]
-    steps = [int(match[1]) for name in names if (match := re.search(r"step-0*(\d+)", name))]
-    return max(steps, default=None)
+    paths = [last.readlink()] if last.is_symlink() else checkpoints.glob("step-*.ckpt")
+    step = max(map(step_in_name, paths), default=-1)
+    return None if step < 0 else step

@@ -15,7 +15,7 @@ from data_shards.errors import UserError
 from trainer.launch import kubernetes, local, slurm
 from trainer.launch.job import Job, Task
 from trainer.launch.records import Record, write_record
-from trainer.run import Run
+from trainer.run import STOPPED, Run
 
 SCRIPT, MANIFEST = "job.sh", "job.yaml"
 
@@ -117,7 +117,7 @@ def _run_here(job: Job) -> int:
         print(f"  {shlex.join(local.command(job, task))}", file=sys.stderr, flush=True)
         code = _run_task(job, task)
         first = first or code
-        if code and (not job.keep or code in (local.STOPPED, 130)):
+        if code and (not job.keep or code in (STOPPED, 130)):
             return code
     return first
 
@@ -132,6 +132,6 @@ def _run_task(job: Job, task: Task) -> int:
         write_record(folder, record)
 
     code = local.run(job, task, started)
-    ended = "ended" if code == 0 else "stopped, saved" if code == local.STOPPED else f"failed ({code})"
+    ended = "ended" if code == 0 else "stopped, saved" if code == STOPPED else f"failed ({code})"
     write_record(folder, replace(record, state=ended))
     return code

@@ -25,8 +25,12 @@ from trainer.restore import build, instantiate, without_weights
 from trainer.run import opening
 
 
-class PlanCLI(RecipeCLI):
-    """The command line of ``trainer fit`` up to the point where it would read weights and look for a GPU."""
+class ReadCLI(RecipeCLI):
+    """The command line of ``trainer fit`` up to the point where it would make anything.
+
+    Attributes:
+        resolved: The recipe with its overlays and keys, as plain values.
+    """
 
     def _set_seed(self) -> None:
         """Nothing is drawn."""
@@ -35,13 +39,21 @@ class PlanCLI(RecipeCLI):
         """Nothing is run."""
 
     def instantiate_classes(self) -> None:
+        """Nothing is made: only what the recipe says is looked at."""
+        text = self._parser("fit").dump(self.config["fit"], skip_none=False, skip_link_targets=False, format="yaml")
+        self.resolved: dict[str, Any] = yaml.safe_load(text)
+
+
+class PlanCLI(ReadCLI):
+    """The same up to the point where it would read weights and look for a GPU."""
+
+    def instantiate_classes(self) -> None:
         """Make the module without weights, and the data module, which checks its arguments.
 
         Raises:
             UserError: An argument is refused.
         """
-        text = self._parser("fit").dump(self.config["fit"], skip_none=False, skip_link_targets=False, format="yaml")
-        self.resolved: dict[str, Any] = yaml.safe_load(text)
+        super().instantiate_classes()
         node = self.resolved["model"]
         where = "recipe " + " + ".join(RecipeParser.recipes)
         self.notes = _leave_unquantised(node)
