@@ -13,4 +13,7 @@ EXPORTERS: dict[str, Exporter] = {
 }
 """What ``trainer export --to`` takes, by name."""
 
-__all__ = ["EXPORTERS", "Exporter"]
+ALIASES = {"medsam": "segment-anything"}
+"""Other names of them."""
+
+__all__ = ["ALIASES", "EXPORTERS", "Exporter"]

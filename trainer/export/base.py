@@ -6,6 +6,7 @@ frames, H W their native height and width.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
@@ -50,6 +52,12 @@ FrameConsumer = Callable[[Sequence[np.ndarray], Tensor, Tensor], tuple[Tensor, T
 bool of one more object there → the frames as it read them, (T, C, S, S), and mask logits (T, Q + 1, H, W) of what is
 shown, followed through all of them."""
 
+InputConsumer = Callable[[Tensor], Tensor]
+"""A consumer's own preprocessing: a native image (C, H, W) → what its model takes, (1, C, S, S)."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types that weights are written in, by what `--dtype` takes."""
+
 
 @dataclass(frozen=True)
 class VideoConsumer:
@@ -72,7 +80,7 @@ class Exporter(ABC):
     name: str
     """What ``--to`` takes."""
     suffix: str
-    """How the file's name ends."""
+    """How the file's name ends; empty where a folder is written."""
     package: str
     """The consumer's distribution."""
     also: tuple[str, ...] = ()
@@ -81,8 +89,14 @@ class Exporter(ABC):
     """What to install for the gate."""
     image_size: int
     """Input side S in pixels that the consumer runs at."""
-    asks: Literal["boxes", "texts", "prompts and frames"] = "boxes"
+    asks: Literal["boxes", "texts", "prompts", "prompts and frames"] = "boxes"
     """What the consumer is asked with."""
+    merged: bool = True
+    """Whether adapters are merged before anything is written."""
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    """Which of `DTYPES` the format can hold."""
+    dtype: str = "fp32"
+    """What the weights are written in."""
     samples: int = 8
     """Images that the gate compares on, unless told otherwise."""
     notes: tuple[str, ...] = ()
@@ -110,12 +124,37 @@ class Exporter(ABC):
         """The export of one model that `accepts` has taken, where the consumer is built after it."""
         return self
 
-    @abstractmethod
-    def write(self, model: SegmentationModel, path: Path) -> None:
-        """Write the file; adapters have been merged."""
+    def of_type(self, dtype: str) -> Exporter:
+        """The same export with weights in another of `DTYPES`.
+
+        Raises:
+            UserError: The format cannot hold it.
+        """
+        if dtype not in self.dtypes:
+            raise UserError(f"--dtype {dtype}: '{self.name}' holds {', '.join(self.dtypes)}")
+        found = copy.copy(self)
+        found.dtype = dtype
+        return found
+
+    def state(self, model: SegmentationModel) -> dict[str, Tensor]:
+        """The model's tensors by name, on the CPU, in the type that is written."""
+        dtype = DTYPES[self.dtype]
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        return {name: one.to(dtype) if one.is_floating_point() else one for name, one in state.items()}
 
     @abstractmethod
-    def load(self, path: Path) -> BoxConsumer | TextConsumer | VideoConsumer:
+    def write(self, model: SegmentationModel, path: Path) -> None:
+        """Write the file, or fill the folder, which is there and empty; adapters have been merged, if `merged`.
+
+        Weights are already rounded to the type that is written, and held in fp32.
+        """
+
+    def read_input(self, path: Path) -> InputConsumer | None:
+        """The consumer's own preprocessing, where it has one that is configured by what is written."""
+        return None
+
+    @abstractmethod
+    def load(self, path: Path) -> BoxConsumer | TextConsumer | PromptConsumer | VideoConsumer:
         """Load the file with the consumer's own code, strictly.
 
         Returns:

@@ -22,7 +22,15 @@ from data_shards.batch import Sample, TripletBatch, collate
 from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError, counted
 from trainer.callbacks.panels import to_uint8
-from trainer.export.base import BoxConsumer, Exporter, TextAnswer, TextConsumer, VideoConsumer
+from trainer.export.base import (
+    BoxConsumer,
+    Exporter,
+    InputConsumer,
+    PromptConsumer,
+    TextAnswer,
+    TextConsumer,
+    VideoConsumer,
+)
 from trainer.export.following import Clip, follow_both, unequal_tensors
 from trainer.metrics import overlap
 from trainer.models import SAM3, SegmentationModel
@@ -45,6 +53,8 @@ FOLLOWED = 2
 """Targets that it follows by their boxes, at most; the first one it follows by its mask too."""
 POINTED = 3
 """Targets of an image that a consumer is asked for by points, at most."""
+PROMPTED = ("boxes", "points", "points and masks")
+"""Forms of prompts that a consumer of prompts is asked with."""
 SUREST = 32.0
 """Largest logit of a mask to start from."""
 
@@ -74,6 +84,8 @@ class Verdict:
             score of an object's being there raised in both, and `max_followed_difference` is of that too.
         tensors: Tensors that the consumer has loaded, where they were compared with ours by name.
         unequal: Names of those that are not equal.
+        max_input_difference: Where the consumer has a preprocessing of its own, the largest difference of what it makes
+            of the images from what the model was trained on; it decides nothing.
     """
 
     verified: bool
@@ -94,6 +106,7 @@ class Verdict:
     frames_shown_raised: int | None = None
     tensors: int = 0
     unequal: tuple[str, ...] = ()
+    max_input_difference: float | None = None
 
     @property
     def fault(self) -> str:
@@ -242,15 +255,21 @@ def compare(
     there = model if same else model.at_size(exporter.image_size)
     more: dict[str, Any] = {"asked": (exporter.asks,)}
     if isinstance(consumer, VideoConsumer):
-        found = [_ask_prompts(consumer, model, there, batch) for batch in samples]
-        more = {"asked": ("boxes", "points", "points and masks"), "tensors": len(consumer.module.state_dict())}
+        found = [_ask_prompts(consumer.image, model, there, batch) for batch in samples]
+        more = {"asked": PROMPTED, "tensors": len(consumer.module.state_dict())}
         more["unequal"] = unequal_tensors(consumer.module, there)
         if clip is not None:
             more |= follow_both(consumer, cast("SAM2", there), clip)
+    elif exporter.asks == "prompts":
+        found = [_ask_prompts(consumer, model, there, batch) for batch in samples]
+        more = {"asked": PROMPTED}
     elif exporter.asks == "texts":
         found = [_ask_texts(consumer, model, there, batch, wording or Wording()) for batch in samples]
     else:
         found = [_ask_boxes(consumer, model, there, batch) for batch in samples]
+    reader = exporter.read_input(path)
+    if reader is not None:
+        more["max_input_difference"] = max(_input_difference(reader, there, batch) for batch in samples)
     confidences = [one.confidence for one in found if one.confidence is not None]
     verdict = Verdict(
         verified=False,
@@ -283,7 +302,7 @@ def _ask_boxes(
 
 
 def _ask_prompts(
-    consumer: VideoConsumer, model: SegmentationModel, there: SegmentationModel, batch: TripletBatch
+    consumer: PromptConsumer, model: SegmentationModel, there: SegmentationModel, batch: TripletBatch
 ) -> _Compared:
     """Ask both about the targets of an image: by box, by points on and beside it, and with a mask to start from."""
     images = there.preprocessing.images(batch.images)
@@ -296,12 +315,17 @@ def _ask_prompts(
     ours = [there.decode(features, prompts)[0][:, 0] for prompts in asked]
     asked.append(replace(points, masks=ours[0][: len(points)].clamp(-SUREST, SUREST)))
     ours.append(there.decode(features, asked[-1])[0][:, 0])
-    theirs = consumer.image(images, asked)
+    theirs = consumer(images, asked)
     return _Compared(
         logits=torch.stack([(one - other).abs().max() for one, other in zip(ours, theirs, strict=True)]).max(),
         ours=_dsc(model, batch.masks, ours[0] if there is model else _logits(model, batch)),
         theirs=_dsc(there, batch.masks, theirs[0]),
     )
+
+
+def _input_difference(reader: InputConsumer, there: SegmentationModel, batch: TripletBatch) -> float:
+    """Largest difference of what a consumer makes of an image."""
+    return float((reader(batch.images[0]) - there.preprocessing.images(batch.images)).abs().max())
 
 
 def _pointed(mask: np.ndarray) -> Asked:

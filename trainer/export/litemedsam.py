@@ -31,9 +31,8 @@ class LiteMedSAMExporter(Exporter):
         return isinstance(model, LiteMedSAM)
 
     def write(self, model: SegmentationModel, path: Path) -> None:
-        """Write the flat state dict in fp32."""
-        state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        torch.save(to_original(state), path)
+        """Write the flat state dict."""
+        torch.save(to_original(self.state(model)), path)
 
     def load(self, path: Path) -> BoxConsumer:
         """Load the file into the consumer's model."""

@@ -15,7 +15,7 @@ from trainer.models.medsam import ORIGINAL_SIZE, VARIANTS, to_original
 class MedSAMExporter(Exporter):
     """A flat ``.pth`` under the original names; the consumer is the model that `segment_anything` builds."""
 
-    name = "medsam"
+    name = "segment-anything"
     suffix = ".pth"
     package = "segment-anything"
     requirement = "segment-anything==1.0"
@@ -30,11 +30,10 @@ class MedSAMExporter(Exporter):
         return isinstance(model, MedSAM) and model.shape in VARIANTS.values()
 
     def write(self, model: SegmentationModel, path: Path) -> None:
-        """Write the flat state dict in fp32; positions learnt at another side are interpolated to the consumer's."""
+        """Write the flat state dict; positions learnt at another side are interpolated to the consumer's."""
         if model.preprocessing.image_size != self.image_size:
             model = model.at_size(self.image_size)
-        state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        torch.save(to_original(state), path)
+        torch.save(to_original(self.state(model)), path)
 
     def load(self, path: Path) -> BoxConsumer:
         """Load the file into the consumer's model of its width."""

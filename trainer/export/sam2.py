@@ -49,7 +49,7 @@ _STABILITY = "Trained without postprocessing: build with apply_postprocessing=Fa
 
 
 class SAM2Exporter(Exporter):
-    """Meta's ``.pt``: ``{"model": state dict}`` in fp32; the consumer is the official video predictor.
+    """Meta's ``.pt``: ``{"model": state dict}``; the consumer is the official video predictor.
 
     Args:
         variant: Which of the official configurations builds the consumer.
@@ -114,8 +114,7 @@ class SAM2Exporter(Exporter):
 
     def write(self, model: SegmentationModel, path: Path) -> None:
         """Write the state dict, whose names are the consumer's."""
-        state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        torch.save({"model": state}, path)
+        torch.save({"model": self.state(model)}, path)
 
     def load(self, path: Path) -> VideoConsumer:
         """Build the official video predictor on the CPU with the file; it loads strictly itself."""

@@ -38,7 +38,7 @@ _WITH_BASE = (
 
 
 class SAM3Exporter(Exporter):
-    """Meta's ``.pt``: ``{"model": {"detector.…": …, "tracker.…": …}}`` in fp32; the consumer is the official builder.
+    """Meta's ``.pt``: ``{"model": {"detector.…": …, "tracker.…": …}}``; the consumer is the official builder.
 
     Args:
         base: Meta's own checkpoint: what our model does not have is copied from it.
@@ -89,7 +89,7 @@ class SAM3Exporter(Exporter):
         """
         assert isinstance(model, SAM3)
         shape = model.shape
-        detector = to_meta({name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()})
+        detector = to_meta(self.state(model))
         side = self.image_size // shape.patch
         computed = unknown_to_ours(detector, shape.heads, shape.window, side, shape.global_blocks)
         tracker = self._copy(detector, computed) if self.base is not None else {}
