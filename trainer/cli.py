@@ -20,6 +20,7 @@ Fine-tune segmentation foundation models for medicine.
   test         score the test split           trainer test -c RECIPE [--ckpt_path last]
   predict      write masks                    trainer predict -c RECIPE --ckpt_path last
                of a whole volume              trainer predict --volume IMAGE --run RUN --box x0,y0,x1,y1 --out FILE
+               of a folder of images          trainer predict --folder IMAGES --run RUN --prompts CSV --out FOLDER
   evaluate     compare models on cases        trainer evaluate PROTOCOL.yaml
                score one on a volume          trainer evaluate --volume IMAGE --truth LABELS --run RUN --out FOLDER
   export       write weights for other tools  trainer export RUN --to litemedsam --out FILE
@@ -33,7 +34,8 @@ A recipe is one YAML file; later -c files overlay earlier ones, and any key can 
 A run that was stopped goes on where it was:
   trainer fit -c recipes/quickstart.yaml --ckpt_path last
 
-`trainer COMMAND --help` says more; of volumes `trainer predict --volume --help` and `trainer evaluate --volume --help`.
+`trainer COMMAND --help` says more; of volumes `trainer predict --volume --help`,
+`trainer predict --folder --help` and `trainer evaluate --volume --help`.
 Mistakes in the input end with one line and exit code 2.
 """
 
@@ -57,7 +59,7 @@ def _main(arguments: list[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     quieten()  # before libraries are imported: some speak then
     # imports are here so that help and mistakes answer at once
-    if command in ("predict", "evaluate") and on_volume(rest):
+    if command in ("predict", "evaluate") and on_volume(command, rest):
         return volume_command(command, rest)
     if command == "evaluate":
         from trainer.evaluation.cli import evaluate_command

@@ -67,11 +67,13 @@ class VideoConsumer:
         image: Answers boxes, points and masks to start from; its logits have its own side, (Q, h, w).
         follow: Follows.
         module: The model itself, whose tensors have the names of ours.
+        masks: Whether what is shown by a mask is followed; if not, the logits are those of the boxes alone.
     """
 
     image: PromptConsumer
     follow: FrameConsumer
     module: nn.Module
+    masks: bool = True
 
 
 class Exporter(ABC):
@@ -91,8 +93,8 @@ class Exporter(ABC):
     """Input side S in pixels that the consumer runs at."""
     asks: Literal["boxes", "texts", "prompts", "prompts and frames"] = "boxes"
     """What the consumer is asked with."""
-    merged: bool = True
-    """Whether adapters are merged before anything is written."""
+    merged: bool | None = True
+    """Whether adapters are merged before anything is written; None: what is linear is, and the rest stays in."""
     dtypes: tuple[str, ...] = tuple(DTYPES)
     """Which of `DTYPES` the format can hold."""
     dtype: str = "fp32"
@@ -103,6 +105,16 @@ class Exporter(ABC):
     """What a user of the consumer should know."""
     builder: Mapping[str, Any] = MappingProxyType({})
     """What the consumer's builder is told beside the file, where it must be told something."""
+    weights: str | None = None
+    """What the recipe names as the weights that the run began with."""
+
+    def and_merged(self) -> Exporter:
+        """The export that writes the merged model beside adapters.
+
+        Raises:
+            UserError: The format has no adapters.
+        """
+        raise UserError(f"--merge: '{self.name}' holds the merged model anyway: leave --merge out")
 
     def based_on(self, checkpoint: Path) -> Exporter:
         """The export that takes what our model does not have from a checkpoint in the consumer's layout.
@@ -144,7 +156,7 @@ class Exporter(ABC):
 
     @abstractmethod
     def write(self, model: SegmentationModel, path: Path) -> None:
-        """Write the file, or fill the folder, which is there and empty; adapters have been merged, if `merged`.
+        """Write the file, or fill the folder, which is there and empty; adapters have been merged as `merged` says.
 
         Weights are already rounded to the type that is written, and held in fp32.
         """

@@ -47,9 +47,9 @@ class Clip:
 def follow_both(consumer: VideoConsumer, model: SAM2, clip: Clip) -> dict[str, Any]:
     """Let both follow a clip's targets, each by itself: what `trainer.export.gate.Verdict` says of it.
 
-    Each target is shown by its box, and the first one a second time by its mask. Where the consumer holds everything
-    to be absent after the first frame, -1024 throughout is no proof: both follow once more, with the score of an
-    object's being there raised by the same amount, ours in a copy.
+    Each target is shown by its box, and the first one a second time by its mask, if the consumer takes that. Where the
+    consumer holds everything to be absent after the first frame, -1024 throughout is no proof: both follow once more,
+    with the score of an object's being there raised by the same amount, ours in a copy.
 
     Args:
         consumer: The consumer, with the file.
@@ -62,6 +62,8 @@ def follow_both(consumer: VideoConsumer, model: SAM2, clip: Clip) -> dict[str, A
     asked = [prompts_of([one], model.preprocessing, size) for one in shown]
     given = asked[-1][0].given
     assert given is not None
+    if not consumer.masks:
+        shown, asked = shown[:-1], asked[:-1]
     images, theirs = consumer.follow(clip.frames, clip.boxes, given[0] > 0.5)
     with torch.no_grad():
         features = [model.encode(image[None]) for image in images]  # of the very frames that the consumer has read

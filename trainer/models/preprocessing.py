@@ -152,6 +152,12 @@ class Preprocessing:
         """The fields as JSON."""
         return asdict(self)
 
+    @property
+    def fixed_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and deviation by channel with which images in [0, 1] are standardised; None where none are fixed."""
+        halves = (0.5,) * self.channels
+        return {"mean_std": (_MEAN, _STD), "centred": (halves, halves)}.get(self.scaling)
+
     def _ranged(self, resized: Tensor, native: torch.dtype) -> Tensor:
         """Scale images (B, C, H, W) by 8 bits or by their own range, and by what the weights were trained with."""
         if self.scaling != "minmax" and native == torch.uint8:

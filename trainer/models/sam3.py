@@ -267,11 +267,17 @@ class SAM3(SegmentationModel):
         token = encoder.cls_embed.weight.expand(count, 1, -1).to(embedded.dtype)
         shown = torch.cat([embedded, token], dim=1)
         valid = F.pad(valid, (0, 1), value=True)
+        return self._look(image, positions, shown, valid), valid
+
+    def _look(self, image: Tensor, positions: Tensor, shown: Tensor, valid: Tensor) -> Tensor:
+        """Let exemplars and the CLS token (P, N + 1, C) look at each other and at their image (P, C, g, g)."""
+        encoder = self.geometry_encoder
         shown = encoder.prompt_layer_norm(encoder.final_proj(shown))
         flat = image.flatten(2).transpose(1, 2)
         for layer in encoder.layers:
             shown = layer(shown, flat, positions, valid[:, None, None, :])
-        return encoder.output_layer_norm(shown), valid
+        looked: Tensor = encoder.output_layer_norm(shown)
+        return looked
 
     def _boxes(self, normed: Tensor, boxes: Tensor) -> Tensor:
         """Encode box exemplars (P, N, 4), as transformers does, which waits for the device to learn the map's side."""

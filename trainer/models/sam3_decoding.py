@@ -8,6 +8,7 @@ Sources: Carion et al. 2025 (SAM 3); divide and conquer is described in its sect
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,7 @@ class Detection:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Normed rows (L, P, R − 1, C), boxes (L, P, R − 1, 4) and presence logits (L, P); L is 1 unless many."""
         decoder = self.model.detr_decoder
-        count, copies = len(memory), 2 if many else 1
+        count, copies = memory.shape[0], 2 if many else 1
         queries = decoder.query_embed.weight.repeat(copies, 1)
         rows = torch.cat([decoder.presence_token.weight, queries]).expand(count, -1, -1)
         reference = decoder.reference_points.weight.repeat(copies, 1).sigmoid().expand(count, -1, -1)
@@ -128,8 +129,9 @@ class Detection:
             query=rows + place, key=memory + positions, value=memory, attention_mask=bias.to(memory.dtype)
         )[0]
         rows = layer.vision_cross_attn_layer_norm(rows + layer.vision_cross_attn_dropout(attended))
-        with torch.autocast(rows.device.type, enabled=False):  # in fp32, as in the official code
-            inside = layer.mlp(rows.float())
+        kind = rows.device.type  # where there is no autocast, graphs for export have none to switch off
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
+            inside = layer.mlp(rows.float())  # in fp32, as in the official code
         out: Tensor = layer.mlp_layer_norm(rows + layer.mlp_dropout(inside))
         return out
 

@@ -116,6 +116,29 @@ class TextTokenizer:
             raise UserError(f"text prompt {text!r} is empty: name what is to be segmented")
         return [self._start, *found[: self.context - 2], self._end]
 
+    def standalone(self) -> Tokenizer:
+        """The same as one of `tokenizers`, whose file its users in any language read: it cleans, cuts off and pads.
+
+        HTML entities (``&amp;``) are left as they are, and of an empty text start and end remain.
+        """
+        from tokenizers import Regex, Tokenizer, normalizers, processors
+
+        made = Tokenizer.from_str(self._pieces.to_str())
+        codes: dict[str, list[int]] = {}
+        for code, plain in _CLEANED.items():
+            codes.setdefault(plain or "", []).append(code)
+        cleaned = [
+            normalizers.Replace(Regex("[" + "".join(f"\\x{{{code:X}}}" for code in group) + "]"), plain)
+            for plain, group in codes.items()
+        ]
+        made.normalizer = normalizers.Sequence([*cleaned, normalizers.NFC(), normalizers.Lowercase()])
+        made.post_processor = processors.TemplateProcessing(
+            single=f"{_START} $A {_END}", special_tokens=[(_START, self._start), (_END, self._end)]
+        )
+        made.enable_truncation(self.context)
+        made.enable_padding(length=self.context, pad_id=0, pad_token=made.id_to_token(0))
+        return made
+
 
 def make_tokenizer(tokenizer: str | None = None, weights: str | None = None, context: int = CONTEXT) -> TextTokenizer:
     """Make the tokenizer of a SAM3.

@@ -22,8 +22,8 @@ _EXAMPLE = {"--box": "x0,y0,x1,y1, as in --box 40:10,20,90,120=liver", "--point"
 
 
 @dataclass(frozen=True)
-class _Said:
-    """One prompt of the command line."""
+class Said:
+    """One prompt, before it is known which make one object: a box (x0, y0, x1, y1) or a point (x, y, label)."""
 
     name: str | None
     slice: int
@@ -97,12 +97,20 @@ def asked_of(boxes: Sequence[str], points: Sequence[str], middle: int) -> list[A
     Raises:
         UserError: One has another form, a box has no area, or it is not clear which object is meant.
     """
-    said = [_parse_box(text, middle) for text in boxes] + [_parse_point(text, middle) for text in points]
+    return grouped([_parse_box(text, middle) for text in boxes] + [_parse_point(text, middle) for text in points])
+
+
+def grouped(said: Sequence[Said]) -> list[Asked]:
+    """Objects from prompts: those of one name are one object, those without are told apart by boxes.
+
+    Raises:
+        UserError: It is not clear which object is meant.
+    """
     loose = [one for one in said if one.name is None]
     several = sum(one.box is not None for one in loose) > 1
     if several and any(one.point for one in loose):
-        raise UserError("--point: of several boxes without a name, which is meant? Give both a name, as in =liver")
-    groups: dict[str, list[_Said]] = {}
+        raise UserError("a point: of several boxes without a name, which is meant? Give the point and its box one name")
+    groups: dict[str, list[Said]] = {}
     for number, one in enumerate(loose, start=1):
         groups.setdefault(f"{ONLY} {number}" if several else ONLY, []).append(one)
     for one in said:
@@ -116,34 +124,34 @@ def masks_of(picture: np.ndarray, names: Mapping[int, str]) -> dict[str, np.ndar
     return {name: picture == value for value, name in names.items()}
 
 
-def _object(name: str, parts: Sequence[_Said]) -> Asked:
+def _object(name: str, parts: Sequence[Said]) -> Asked:
     slices = sorted({part.slice for part in parts})
     if len(slices) > 1:
         raise UserError(f"'{name}' is shown on slices {slices[0]} and {slices[1]}: show an object on one slice")
     boxes = [part.box for part in parts if part.box is not None]
     if len(boxes) > 1:
-        raise UserError(f"--box: '{name}' has {len(boxes)} boxes: give each object a name of its own")
+        raise UserError(f"'{name}' has {len(boxes)} boxes: give each object a name of its own")
     points = tuple(part.point for part in parts if part.point is not None)
     return Asked(name, slices[0], boxes[0] if boxes else None, points)
 
 
-def _parse_box(text: str, middle: int) -> _Said:
+def _parse_box(text: str, middle: int) -> Said:
     name, number, parts = _split("--box", text, middle)
     if len(parts) != 4:
         raise _wrong("--box", text)
     x0, y0, x1, y1 = (_number("--box", text, part) for part in parts)
     if not (x0 < x1 and y0 < y1):
         raise UserError(f"--box {text}: x1 must be larger than x0, and y1 than y0: x0,y0 are the upper left corner")
-    return _Said(name, number, box=(x0, y0, x1, y1))
+    return Said(name, number, box=(x0, y0, x1, y1))
 
 
-def _parse_point(text: str, middle: int) -> _Said:
+def _parse_point(text: str, middle: int) -> Said:
     name, number, parts = _split("--point", text, middle)
     sign = parts.pop() if len(parts) == 3 else "+"
     if len(parts) != 2 or sign not in ("+", "-"):
         raise _wrong("--point", text)
     x, y = (_number("--point", text, part) for part in parts)
-    return _Said(name, number, point=(x, y, int(sign == "+")))
+    return Said(name, number, point=(x, y, int(sign == "+")))
 
 
 def _split(option: str, text: str, middle: int) -> tuple[str | None, int, list[str]]:

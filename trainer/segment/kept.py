@@ -55,8 +55,15 @@ class KeptMasks:
         """Slices with anything in them, ascending."""
         return sorted(self._slices)
 
-    def describe(self, place: int, name: str, spacing: tuple[float, float, float] | None) -> dict[str, Any]:
-        """What was found of one object, as JSON."""
+    def describe(self, place: int, name: str, spacing: tuple[float, float, float] | None, score: str) -> dict[str, Any]:
+        """What was found of one object, as JSON.
+
+        Args:
+            place: The object's.
+            name: What it is called.
+            spacing: Millimetres between slices, rows and columns, where they are known.
+            score: What the mean of its scores is called.
+        """
         areas = self.areas(place)
         voxels = sum(areas.values())
         scores = [float(self._slices[number].confidences[place]) for number in areas]
@@ -67,5 +74,5 @@ class KeptMasks:
             "last": max(areas, default=None),
             "voxels": voxels,
             "ml": None if spacing is None else round(float(np.prod(spacing)) * voxels / 1000, 4),
-            "mean_predicted_iou": round(float(np.mean(scores)), 4) if scores else None,
+            score: round(float(np.mean(scores)), 4) if scores else None,
         }

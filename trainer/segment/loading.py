@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +27,20 @@ class Loaded:
     Attributes:
         model: On its device, in evaluation mode.
         origin: The same as JSON.
+        module: The training module around it, which knows how SAM3 is asked.
     """
 
     model: SegmentationModel
     origin: dict[str, Any]
+    module: TunedModule
+
+    def fingerprint(self) -> dict[str, str]:
+        """What tells one model from another wherever its files lie: its class, and a checksum of all its weights."""
+        found = hashlib.sha256(json.dumps(self.model.preprocessing.to_dict(), sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return {"class": type(self.model).__name__, "sha256": found.hexdigest()}
 
 
 def device_of(name: str) -> torch.device:
@@ -95,6 +107,6 @@ def load_any(place: str, device: torch.device) -> Loaded:
 
 
 def _loaded(module: TunedModule, origin: dict[str, Any], device: torch.device) -> Loaded:
-    model = module.model.to(device).eval()
+    model = module.to(device).eval().model
     described = {"class": type(model).__name__, **origin, "preprocessing": model.preprocessing.to_dict()}
-    return Loaded(model, described)
+    return Loaded(model, described, module)

@@ -1,4 +1,4 @@
-"""`trainer predict --volume`: box, points or a mask on one slice; the masks of the whole volume are written."""
+"""`trainer predict --volume`: prompts on one slice, or words; the masks of the whole volume are written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,8 +14,10 @@ from data_shards.errors import CommandParser, UserError, counted
 from trainer.run import write_json
 from trainer.segment.asking import asked_of, masks_of, named, parse_labels, parse_slice
 from trainer.segment.session import Session, add_shared_arguments, tell
+from trainer.segment.texts import Terms, add_text_arguments
+from trainer.segment.writing import Segmented, lines_of, write_shown, write_terms
 from trainer.volumes.asked import Asked, check_asked, shown
-from trainer.volumes.output import LabelWriter, check_output
+from trainer.volumes.output import check_output
 from trainer.volumes.scan import RECORD, open_labels
 
 USAGE = "trainer predict --volume IMAGE (--run RUN | --recipe RECIPE) PROMPTS --out FILE [OPTIONS]"
@@ -27,6 +28,10 @@ and LiteMedSAM are asked on each slice with the box of the mask on the slice bef
   trainer predict --volume ct.nii.gz --run runs/liver --box 40:120,90,260,230=liver --out liver.nii.gz
   trainer predict --volume ct.nii.gz --recipe recipes/quickstart.yaml --point 52,70 --point 60,81,- --out one.nii.gz
   trainer predict --volume series/ --run runs/organs --mask drawn.nii.gz --slice 40 --labels 1=liver --out o.dcm
+
+SAM3 is asked in words, each slice for each term:
+
+  trainer predict --volume ct.nii.gz --run runs/sam3 --text liver --text "portal vein" --out o.nii.gz [--instances]
 
 Boxes are x0,y0,x1,y1 and points x,y in pixels of the slice, + on the object and - beside it; SLICE is a number from 0,
 and the middle slice if left out. Prompts with one name are one object. A mask is taken as the answer on its slice.
@@ -42,30 +47,33 @@ def predict_volume(arguments: list[str]) -> int:
         UserError: A mistake in the arguments, the volume, the prompts or the model.
     """
     values = _parser().parse_args(arguments)
+    terms = Terms.of(values)
+    if terms and (values.box or values.point or values.mask or values.initial != "model"):
+        raise UserError("--text asks in words alone: leave out --box, --point, --mask and --initial")
     session = Session.opened(values)
     with session.scan as scan:
-        asked = _asked(session)
-        check_asked(asked, scan, session.first, session.last)
+        asked = [] if terms else _asked(session)
+        if not terms:
+            check_asked(asked, scan, session.first, session.last)
         out = Path(values.out)
-        names = [one.name for one in asked]
+        names = [one.name for one in asked] or list(terms.names if terms else ())
         check_output(out, scan, names, separate=values.separate, overwrite=values.overwrite)
         record, picture = _places(values, out)
         initial = session.load_initial()
         loaded = session.load()
-        with LabelWriter(out, scan, names, separate=values.separate, overwrite=values.overwrite) as writer:
-            kept = session.follow(loaded, initial, asked, writer.put)
-        objects = [kept.describe(place, name, session.spacing) for place, name in enumerate(names)]
-        files = [*map(str, writer.files), *([str(picture)] if picture else []), str(record)]
-        content = {
-            **session.describe(loaded, initial, asked),
-            "objects": objects,
-            "contested": writer.contested,
-            "files": files,
-        }
-        write_json(record, content)
+        how = {"separate": values.separate, "overwrite": values.overwrite}
+        if terms:
+            terms.check(loaded, values.threshold)
+            made = write_terms(session, loaded, terms, out, **how)
+            content = session.describe_with(loaded, terms.describe(loaded))
+        else:
+            made = write_shown(session, loaded, asked, out, initial=initial, **how)
+            content = session.describe(loaded, initial, asked)
+        files = [*map(str, made.files), *([str(picture)] if picture else []), str(record)]
+        write_json(record, {**content, "objects": made.objects, "contested": made.contested, "files": files})
         if picture:
-            session.draw(picture, asked, kept)
-    _print(session, objects, writer.contested, files)
+            session.draw(picture, asked, made.kept, names=made.names)
+    _print(session, made, files)
     return 0
 
 
@@ -83,10 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         help="whose mask the slice has that is shown: the model's own (default), that of --mask, or that of another "
         "model, which gets the box (of --mask: its tight box) or points",
     )  # fmt: skip
+    add_text_arguments(parser)
     out = parser.add_argument_group("what is written")
     out.add_argument(
         "--out", required=True, metavar="FILE",
-        help=".nii.gz, .nrrd, .mha, .npz, .dcm (a DICOM SEG of a DICOM series), or a folder of PNGs",
+        help=".nii.gz, .nrrd, .mha, .npz, .dcm (a DICOM SEG of a DICOM series), .png (of one picture), or a folder of "
+        "PNGs",
     )  # fmt: skip
     out.add_argument("--separate", action="store_true", help="a file for each object, where they may overlap")
     out.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -127,7 +137,8 @@ def _places(values: argparse.Namespace, out: Path) -> tuple[Path, Path | None]:
     """
     stem = re.sub(r"(\.nii)?\.[A-Za-z]+$", "", out.name)
     record = out.with_name(stem + RECORD)
-    picture = None if values.no_picture else Path(values.picture or out.with_name(f"{stem}.png"))
+    beside = f"{stem}.png" if out.suffix.lower() != ".png" else f"{stem}.picture.png"
+    picture = None if values.no_picture else Path(values.picture or out.with_name(beside))
     if picture is not None:
         check_png(picture)
     for path in (record, picture):
@@ -136,16 +147,12 @@ def _places(values: argparse.Namespace, out: Path) -> tuple[Path, Path | None]:
     return record, picture
 
 
-def _print(session: Session, objects: Sequence[dict[str, Any]], contested: int, files: Sequence[str]) -> None:
-    for one in objects:
-        if not one["slices"]:
-            print(f"{one['name']}: nothing was found")
-            continue
-        size = counted(one["voxels"], "voxel") + ("" if one["ml"] is None else f", {one['ml']:,.2f} ml")
-        where = f"{counted(one['slices'], 'slice')} ({one['first']} to {one['last']})"
-        print(f"{one['name']}: {where}, {size}, mean predicted IoU {one['mean_predicted_iou']:.2f}")
-    if contested:
-        print(f"{counted(contested, 'voxel')} belong to several objects: the surer one has them; --separate keeps all")
+def _print(session: Session, made: Segmented, files: Sequence[str]) -> None:
+    for line in lines_of(made.objects):
+        print(line)
+    if made.contested:
+        voxels = counted(made.contested, "voxel")
+        print(f"{voxels} belong to several objects: the surer one has them; --separate keeps all")
     count = session.last - session.first + 1
     rate = session.seconds / count
     print(f"{counted(count, 'slice')} in {session.seconds:.1f} s on {session.device} ({rate:.2f} s each)")

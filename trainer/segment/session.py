@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
+from rich.progress import Progress
 
 from data_shards.errors import UserError
 from data_shards.progress import progress
@@ -24,10 +26,13 @@ from trainer.volumes.asked import Asked
 from trainer.volumes.propagation import Found, Precision, propagate
 from trainer.volumes.scan import Scan, open_scan, parse_spacing
 
+_Thing = TypeVar("_Thing")
 
-def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of both commands."""
-    parser.add_argument("--volume", required=True, metavar="IMAGE", help="the volume: a file, or a folder of DICOM")
+
+def add_shared_arguments(parser: argparse.ArgumentParser, *, folder: bool = False) -> None:
+    """Options of all commands on volumes; of a `folder`, what makes sense for many."""
+    if not folder:
+        parser.add_argument("--volume", required=True, metavar="IMAGE", help="the volume: a file, or a folder of DICOM")
     whose = parser.add_argument_group("the model")
     whose.add_argument("--run", metavar="RUN", help="a run's folder: its trained weights")
     whose.add_argument("--recipe", metavar="RECIPE", help="a recipe: the weights that it names, untouched")
@@ -46,9 +51,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     whose.add_argument(
         "--at-once", type=int, default=16, metavar="N", help="objects that are decoded together (default: 16)"
     )
-    what = parser.add_argument_group("the volume")
-    what.add_argument("--first", type=int, metavar="K", help="first slice that is wanted, from 0 (default: all)")
-    what.add_argument("--last", type=int, metavar="K", help="last slice that is wanted")
+    what = parser.add_argument_group("the volumes" if folder else "the volume")
+    if not folder:
+        what.add_argument("--first", type=int, metavar="K", help="first slice that is wanted, from 0 (default: all)")
+        what.add_argument("--last", type=int, metavar="K", help="last slice that is wanted")
     what.add_argument("--axis", choices=("axial", "coronal", "sagittal"), default="axial", help="how it is cut")
     what.add_argument(
         "--intensity", metavar="RULE",
@@ -90,17 +96,13 @@ class Session:
         Raises:
             UserError: There is no model or more than one, the device is not there, or the volume cannot be read.
         """
-        if (values.run is None) == (values.recipe is None):
-            raise UserError("give the model by either --run RUN or --recipe RECIPE")
-        if values.recipe and (values.ckpt or values.weights):
-            raise UserError("--ckpt and --weights belong to --run: a recipe's weights are those that it names")
-        device = device_of(values.device)
+        device = checked_device(values)
         spacing = None if values.spacing is None else parse_spacing(values.spacing)
         scan = open_scan(
             values.volume,
             axis=values.axis,
             intensity=values.intensity,
-            reader_options=_reader_options(values.reader),
+            reader_options=reader_options(values.reader),
             spacing=spacing,
             fill=values.fill,
         )
@@ -121,16 +123,15 @@ class Session:
 
     def load(self) -> Loaded:
         """Load the model."""
-        values = self.values
-        if values.recipe:
-            return load_recipe(values.recipe, self.device)
-        return load_run(values.run, values.ckpt, values.weights, self.device)
+        return load_named(self.values, self.device)
 
     def load_initial(self) -> Loaded | None:
         """Load the other model that answers on the slices where objects are shown, if one is named."""
         return None if self.values.initial in ("model", "truth") else load_any(self.values.initial, self.device)
 
-    def follow(self, loaded: Loaded, initial: Loaded | None, asked: Sequence[Asked], take: Any) -> KeptMasks:
+    def follow(
+        self, loaded: Loaded, initial: Loaded | None, asked: Sequence[Asked], take: Any, bar: Progress | None = None
+    ) -> KeptMasks:
         """Propagate, with a bar.
 
         Args:
@@ -138,6 +139,7 @@ class Session:
             initial: The one that answers first, or None.
             asked: The objects.
             take: Called with each slice's number, masks and scores.
+            bar: Where the slices are counted; one of its own by default.
         """
         precision: Precision = self.values.precision
         kept = KeptMasks(len(asked), self.scan.size)
@@ -147,18 +149,32 @@ class Session:
             initial=None if initial is None else initial.model, margin=self.values.margin,
             at_once=self.values.at_once, precision=precision,
         )  # fmt: skip
-        with progress() as bar:
-            task = bar.add_task("slices", total=self.last - self.first + 1)
-            found: Found
-            for found in slices:
-                take(*found)
-                kept.put(*found)
-                bar.advance(task)
+        found: Found
+        for found in self.counted(slices, bar):
+            take(*found)
+            kept.put(*found)
         self.seconds = time.perf_counter() - started
         return kept
 
-    def draw(self, path: Path, asked: Sequence[Asked], kept: KeptMasks, truths: KeptMasks | None = None) -> None:
-        """Draw the slices that show objects and some others."""
+    def counted(self, slices: Iterable[_Thing], bar: Progress | None) -> Iterator[_Thing]:
+        """Count slices on a bar, one of their own where there is none, while they are gone through."""
+        with ExitStack() as end:
+            shown = end.enter_context(progress()) if bar is None else bar
+            task = shown.add_task("slices", total=self.last - self.first + 1)
+            end.callback(shown.remove_task, task)
+            for one in slices:
+                yield one
+                shown.advance(task)
+
+    def draw(
+        self,
+        path: Path,
+        asked: Sequence[Asked],
+        kept: KeptMasks,
+        truths: KeptMasks | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
+        """Draw the slices that show objects and some others; objects that were not shown have `names`."""
         filled = sorted({*kept.filled(), *(truths.filled() if truths else ())})
         filled = [number for number in filled if self.first <= number <= self.last]
         tiles = [
@@ -169,14 +185,24 @@ class Session:
                 None if truths is None else truths.masks(number),
                 [(place, one) for place, one in enumerate(asked) if one.slice == number],
             )
-            for number in chosen_slices([one.slice for one in asked], filled)
+            for number in chosen_slices([one.slice for one in asked], filled) or [self.middle]
         ]
-        save(draw_tiles(tiles, [one.name for one in asked]), path)
+        save(draw_tiles(tiles, names or [one.name for one in asked]), path)
 
     def describe(self, loaded: Loaded, initial: Loaded | None, asked: Sequence[Asked]) -> dict[str, Any]:
-        """How the masks were made, as JSON."""
-        scan, values = self.scan, self.values
+        """How the masks of objects that were shown were made, as JSON."""
         memory = hasattr(loaded.model, "look")
+        how = {
+            "method": "memory" if memory else "box chain",
+            "margin": None if memory else self.values.margin,
+            "initial": self.values.initial if initial is None else initial.origin,
+            "prompts": [one.describe() for one in asked],
+        }
+        return self.describe_with(loaded, how)
+
+    def describe_with(self, loaded: Loaded, how: Mapping[str, Any]) -> dict[str, Any]:
+        """How masks were made, as JSON; `how` says what was asked, and by which method."""
+        scan, values = self.scan, self.values
         return {
             "volume": str(values.volume),
             "size": [len(scan), *scan.size],
@@ -186,10 +212,7 @@ class Session:
             "fill": values.fill,
             "slices": {"first": self.first, "last": self.last},
             "model": loaded.origin,
-            "method": "memory" if memory else "box chain",
-            "margin": None if memory else values.margin,
-            "initial": values.initial if initial is None else initial.origin,
-            "prompts": [one.describe() for one in asked],
+            **how,
             "device": str(self.device),
             "precision": values.precision,
             "seconds": round(self.seconds, 2),
@@ -203,7 +226,32 @@ def tell(scan: Scan) -> None:
         print(f"trainer: note: {note}", file=sys.stderr)
 
 
-def _reader_options(texts: Sequence[str]) -> dict[str, Any]:
+def checked_device(values: argparse.Namespace) -> torch.device:
+    """Where models compute.
+
+    Raises:
+        UserError: There is no model or more than one, or the device is not there.
+    """
+    if (values.run is None) == (values.recipe is None):
+        raise UserError("give the model by either --run RUN or --recipe RECIPE")
+    if values.recipe and (values.ckpt or values.weights):
+        raise UserError("--ckpt and --weights belong to --run: a recipe's weights are those that it names")
+    return device_of(values.device)
+
+
+def load_named(values: argparse.Namespace, device: torch.device) -> Loaded:
+    """Load the model that a command line names."""
+    if values.recipe:
+        return load_recipe(values.recipe, device)
+    return load_run(values.run, values.ckpt, values.weights, device)
+
+
+def reader_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Options of a file's reader, from ``--reader NAME=VALUE``.
+
+    Raises:
+        UserError: One has another form.
+    """
     options = {}
     for text in texts:
         name, equals, value = text.partition("=")

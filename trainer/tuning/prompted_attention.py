@@ -118,7 +118,9 @@ def attend(
     own = kind.place(attention, windows, rest)
     query, key, value = own.query, own.key, own.value
     asked, *seen = (
-        part.expand(len(windows), -1, -1, -1) if len(prompts) == 1 else part.repeat_interleave(_ratio(windows, part), 0)
+        part.expand(windows.shape[0], -1, -1, -1)
+        if prompts.shape[0] == 1
+        else part.repeat_interleave(_ratio(windows, part), 0)
         for part in kind.split(attention, prompts)
     )
     count = prompts.shape[1]
@@ -138,7 +140,7 @@ def attend(
 
 def _ratio(windows: Tensor, part: Tensor) -> int:
     """Windows an image."""
-    return len(windows) // len(part)
+    return windows.shape[0] // part.shape[0]
 
 
 def _mix(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, fused: bool, dropout: float) -> Tensor:

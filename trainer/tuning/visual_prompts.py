@@ -164,7 +164,7 @@ def _block(
     """One block on tokens (B, H, W, C) with prompts in rows below them, where it is not the first or last."""
     first, last = ends
     if first:
-        tokens, prompts = hidden, layer.get_submodule(PART)().expand(len(hidden), -1, -1)
+        tokens, prompts = hidden, layer.get_submodule(PART)().expand(hidden.shape[0], -1, -1)
     else:
         tokens, prompts = _unpack(hidden, count)
     windows = _partition(layer.layer_norm1(tokens), layer.window_size)
@@ -175,7 +175,7 @@ def _block(
     tokens = tokens + _mlp(layer, tokens)
     if answers is None:
         return tokens
-    prompts = prompts + answers.unflatten(0, (len(tokens), -1)).mean(1)
+    prompts = prompts + answers.unflatten(0, (tokens.shape[0], -1)).mean(1)
     return _pack(tokens, prompts + _mlp(layer, prompts))
 
 

@@ -94,14 +94,11 @@ def check_asked(asked: Sequence[Asked], stack: Stack, first: int, last: int) -> 
         last: Last one.
 
     Raises:
-        UserError: The volume has one slice, a slice lies outside of it, nothing is asked, an object has no prompt, two
-            have one name, a prompt lies outside of the image, or a mask is empty or of another size.
+        UserError: A slice lies outside of the volume, nothing is asked, an object has no prompt, two have one name, a
+            prompt lies outside of the image, or a mask is empty or of another size.
     """
     where, depth = stack.name, len(stack)
-    if depth < 2:
-        raise UserError(f"{where}: it has one slice, so there is nothing to propagate to: give a volume")
-    if not 0 <= first <= last < depth:
-        raise UserError(f"{where}: slices {first} to {last} are asked for, it has 0 to {depth - 1}")
+    check_limits(stack, first, last)
     if not asked:
         raise UserError(f"{where}: no prompt: show at least one object by a box, points or a mask")
     names = [one.name for one in asked]
@@ -113,6 +110,12 @@ def check_asked(asked: Sequence[Asked], stack: Stack, first: int, last: int) -> 
             limits = "it has slices" if last - first == depth - 1 else "wanted are slices"
             raise UserError(f"{where}: '{one.name}' is shown on slice {one.slice}: {limits} {first} to {last}")
         _check_prompt(one, stack.size, where)
+
+
+def check_limits(stack: Stack, first: int, last: int) -> None:
+    """Raise a `UserError` unless a volume has the slices that are wanted."""
+    if not 0 <= first <= last < len(stack):
+        raise UserError(f"{stack.name}: slices {first} to {last} are asked for, it has 0 to {len(stack) - 1}")
 
 
 def _check_prompt(one: Asked, size: tuple[int, int], where: str) -> None:

@@ -26,6 +26,7 @@ from trainer.volumes.output_files import (
     write_itk,
     write_nifti,
     write_npz,
+    write_picture,
     write_pictures,
 )
 from trainer.volumes.scan import Scan
@@ -39,6 +40,7 @@ _WRITERS = {
     ".mha": write_itk,
     ".dcm": write_dicom,
     ".npz": write_npz,
+    ".png": write_picture,
     "": write_pictures,
 }
 """By the output's suffix; without one it is a folder of pictures."""
@@ -64,6 +66,10 @@ def check_output(
     suffix = _suffix(path)
     if suffix in (".nii", ".nii.gz", ".nrrd", ".mha"):
         check_geometry(path, scan.grid, suffix)
+    if suffix == ".png" and len(scan) > 1:
+        raise UserError(
+            f"{path}: a PNG holds one slice, {scan.name} has {len(scan)}: leave the suffix out for a folder of PNG"
+        )
     if suffix == ".dcm":
         check_dicom(path, scan)
         if separate:
@@ -102,7 +108,8 @@ class LabelWriter:
 
     Args:
         path: The file; its suffix names the format: ``.nii``, ``.nii.gz``, ``.nrrd``, ``.mha``, ``.npz``, ``.dcm``
-            (DICOM SEG, for DICOM series); without one, a folder with a PNG for each slice.
+            (DICOM SEG, for DICOM series), ``.png`` (of a single picture); without one, a folder with a PNG for each
+            slice.
         scan: What the masks lie on.
         names: Names of the N objects; object n has the value n + 1.
         separate: Write each object into a file of its own, ``PATH-NAME``.
@@ -188,6 +195,7 @@ class LabelWriter:
             staged = [(file.with_name(f".{file.name}.partial{self._suffix}"), file) for file in files]
             for number, (temporary, _) in enumerate(staged):
                 undo.callback(remove, temporary)
+                remove(temporary)  # of a process that was killed
                 _WRITERS[self._suffix](temporary, written.object(number) if self._separate else written)
             if self._suffix != ".dcm":
                 record = _record(self.path)

@@ -161,6 +161,13 @@ def write_pictures(path: Path, written: Written) -> None:
         Image.fromarray(np.ascontiguousarray(picture)).save(path / f"{name}.png")
 
 
+def write_picture(path: Path, written: Written) -> None:
+    """Write the one slice of a picture as a PNG."""
+    from PIL import Image
+
+    Image.fromarray(np.ascontiguousarray(written.slices[0])).save(path)
+
+
 def put_in_place(temporary: Path, path: Path) -> None:
     """Replace a file, or the files of a folder that have the same names."""
     if temporary.is_dir() and path.exists():

@@ -71,18 +71,22 @@ def propagate(
     """
     last = len(stack) - 1 if last is None else last
     check_asked(asked, stack, first, last)
-    for one in (model, initial):
-        if isinstance(one, SAM3):
-            raise UserError(
-                "SAM3 is asked in words, not with boxes, points and masks on a slice: its volumes are made by "
-                "`trainer predict -c RECIPE` with trainer.callbacks.VolumeRecord"
-            )
+    check_following((model, initial), margin, at_once)
+    # a generator's body runs only when it is asked for a slice: mistakes are told before
+    return _propagated(_Session(stack, margin, at_once, precision), model, list(asked), (first, last), initial)
+
+
+def check_following(models: Sequence[SegmentationModel | None], margin: int, at_once: int) -> None:
+    """Raise a `UserError` where a model is asked in words alone, or a setting of `propagate` is out of its range."""
+    if any(isinstance(one, SAM3) for one in models):
+        raise UserError(
+            "SAM3 is asked in words, not with boxes, points and masks on a slice: `trainer predict --volume IMAGE "
+            "--text TERM` names what to find"
+        )
     if margin < 0:
         raise UserError(f"--margin {margin}: 0 pixels or more")
     if at_once < 1:
         raise UserError(f"--at-once {at_once}: 1 object or more")
-    # a generator's body runs only when it is asked for a slice: mistakes are told before
-    return _propagated(_Session(stack, margin, at_once, precision), model, list(asked), (first, last), initial)
 
 
 def copied(asked: Sequence[Asked], first: int, last: int) -> Iterator[Found]:
