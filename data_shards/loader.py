@@ -16,7 +16,7 @@ from data_shards.batch import TripletBatch, collate
 from data_shards.errors import UserError, counted
 from data_shards.sampler import EvenSampler, GlobalOrderSampler
 from data_shards.views import SampleView
-from data_shards.workers import outlive_sigterm
+from data_shards.workers import settle
 
 __all__ = ["SampleView", "TripletLoader"]
 
@@ -53,7 +53,7 @@ class TripletLoader:
             collate_fn=partial(collate, frames=view.frames),
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
-            worker_init_fn=outlive_sigterm,
+            worker_init_fn=settle,
             generator=torch.Generator(),  # its own: starting workers draws nothing from the global one
         )
         self.steps_per_epoch: int | None = None

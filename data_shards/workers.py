@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,6 +32,8 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_G
 _POLL_SECONDS = 0.25
 _OUTLIVE_SECONDS = 30
 """Between a SIGTERM and the end of a loader's worker."""
+_GONE_SECONDS = 1.0
+"""Within which a parent whose connections are closed counts as gone."""
 
 _counts: Any = None
 """In a worker: two numbers for each task, as a `Report` gives them, shared with the parent."""
@@ -109,6 +114,29 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def settle(worker: int) -> None:
+    """Set up a loader's worker: it outlives SIGTERM for a while, and a parent that is gone without a word.
+
+    Args:
+        worker: Its number.
+    """
+    outlive_sigterm(worker)
+    sys.excepthook = partial(_tell, os.getppid(), sys.excepthook)
+
+
+def _tell(parent: int, usual: Callable[..., None], *error: Any) -> None:
+    """Show an error, unless it is that of a parent that was killed while a batch was handed to it.
+
+    Its connections are closed a moment before it counts as gone.
+    """
+    limit = time.monotonic() + _GONE_SECONDS
+    while issubclass(error[0], EOFError | OSError) and time.monotonic() < limit:
+        if os.getppid() != parent:
+            return
+        time.sleep(0.01)
+    usual(*error)
 
 
 def outlive_sigterm(worker: int) -> None:

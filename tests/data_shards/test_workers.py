@@ -113,3 +113,24 @@ def test_workers_end_with_their_parent(tmp_path: Path, number: int, group: bool)
         wait_for(lambda worker=worker: not alive(worker), 5)
     errors = process.communicate()[1]
     assert "Broken" not in errors and "a worker process was killed" not in errors
+
+
+HANDS_OVER = """
+import os, signal, sys, time
+from data_shards.workers import settle
+
+parent = os.getpid()
+if os.fork():
+    time.sleep(float(sys.argv[1]))
+    os.kill(parent, signal.SIGKILL)
+settle(0)
+sys.excepthook(EOFError, EOFError("handed to nobody"), None)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [("0.2", False), ("3", True)])
+def test_a_worker_says_nothing_when_its_parent_was_killed(seconds: str, shown: bool) -> None:
+    """A batch that nobody takes any more is an error of a worker whose parent lives."""
+    done = subprocess.run([sys.executable, "-c", HANDS_OVER, seconds], capture_output=True, text=True, timeout=30)
+    assert done.returncode == -signal.SIGKILL
+    assert ("handed to nobody" in done.stderr) == shown

@@ -8,8 +8,9 @@ A fault is ``{"at": …, "do": …}`` with where it strikes and what happens the
 - ``{"at": "write", "bytes": 5000}``: in the middle of a checkpoint's file, after so many bytes of it.
 
 ``do`` is ``kill`` (-9), ``term``, ``full`` (from now on no file may grow beyond `bytes`), ``enospc`` (this and every
-later opening to write fails), ``nan`` (the step's loss), ``nan gradient``, or ``sleep`` (for `seconds`). What was
-about to happen to which file is written to `log`.
+later opening to write fails), ``nan`` (the step's loss), ``nan gradient``, ``sleep`` (for `seconds`), or ``hold``
+(until whoever watches for the file `held` has struck and removed it). What was about to happen to which file is written
+to `log`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,14 @@ def _action(fault: dict[str, Any]) -> Callable[[], None]:
     def enospc() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def hold() -> None:
+        place = Path(fault["held"])
+        place.touch()
+        while place.exists():
+            time.sleep(0.001)
+
     return {
+        "hold": hold,
         "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
         "sleep": lambda: time.sleep(fault["seconds"]),
