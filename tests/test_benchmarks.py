@@ -198,6 +198,15 @@ def checkpoint_is_sane(found: dict[str, Any]) -> bool:
     )
 
 
+def exports_are_sane(found: dict[str, Any]) -> bool:
+    held = [(row["family"], row["format"]) for row in found["rows"]]
+    return (
+        held == [("litemedsam", "litemedsam"), ("medsam", "peft"), ("medsam", "transformers")]
+        and all(row["ended"] is None and 0 <= row["largest_difference"] < 1e-3 for row in found["rows"])
+        and all(row["megabytes"] > 1 and row["consumer"] for row in found["rows"])
+    )
+
+
 def projection_is_sane(found: dict[str, Any]) -> bool:
     """What is reckoned for DDP on 1,000 GPUs, in other words."""
     size, ways = found["counted"]["MedSAM ViT-B"], found["projected"]["MedSAM ViT-B"]
@@ -258,6 +267,11 @@ def sharded_step_is_sane(found: dict[str, Any]) -> bool:
     [
         ("samples.py", ("--distinct", "5"), samples_are_sane),
         ("checkpoint.py", ("--megabytes", "30", "--rounds", "1"), checkpoint_is_sane),
+        (
+            "exports.py",
+            (*("--families", "litemedsam", "medsam"), *("--formats", "litemedsam", "peft", "transformers")),
+            exports_are_sane,
+        ),
         ("shards.py", ("--volumes", "10", "--slices", "6"), shards_are_sane),
         ("index.py", ("--samples", "3000", "--repeats", "1"), index_is_sane),
         ("readers.py", ("--samples", "48"), alone_is_sane),
@@ -289,6 +303,7 @@ def test_the_last_line_is_what_the_docstring_says(name: str, size: tuple[str, ..
 def test_every_benchmark_is_run_above() -> None:
     assert NAMES == [
         "checkpoint.py",
+        "exports.py",
         "index.py",
         "loader.py",
         "matcher.py",

@@ -119,7 +119,7 @@ def folder(tiny_shards: Path, tmp_path: Path) -> Path:
     trained = Index.load(shards / "train").keys.tolist()
     trace = "".join(f"0,{n},{n},0.5,{' '.join(trained[n : n + 3])},0\n" for n in range(4))
     for path, content in {
-        "recipe.yaml": f"# Does it see discs in /home/alice/lab?\n{yaml.safe_dump(recipe)}",
+        "recipe.yaml": f"# Does it see discs in /users/alice/lab?\n{yaml.safe_dump(recipe)}",
         "run.json": json.dumps(record),
         "stages.json": json.dumps({"fit": 9000.0}),
         "trace.csv": f"epoch,batch,step,loss,keys,attempt\n{trace}",
@@ -332,7 +332,7 @@ def test_the_card_follows_each_fact(folder, file, place, value, shown):
         (("samples",), 31, "| real images | 31 |"),
         (("dsc_run",), 0.444, "0.444"),
         (("dsc_consumer",), 0.333, "0.333"),
-        (("notes",), ["Read /home/alice/it."], "- Read it."),
+        (("notes",), ["Read /users/alice/it."], "- Read it."),
         (("checkpoint", "name"), "best-9.ckpt", "best-9.ckpt"),
         (("checkpoint", "step"), 9, "these are of step 9"),
         (("checkpoint", "weights"), "average", "the moving average of the weights"),
@@ -422,8 +422,8 @@ def test_a_table_stays_a_table_whatever_is_said(folder):
 def test_nothing_of_a_patient_or_a_machine_travels(folder, tmp_path):
     (shards,) = folder.parents[1].glob("home/alice/shards")
     index = Index.load(shards / "train")
-    edited(shards / "manifest.json", "about", "homepage", to="file:///home/alice/discs")
-    edited(shards / "manifest.json", "cite", to="see /home/alice/paper.pdf")
+    edited(shards / "manifest.json", "about", "homepage", to="file:///users/alice/discs")
+    edited(shards / "manifest.json", "cite", to="see /users/alice/paper.pdf")
     edited(
         folder / "recipe.yaml",
         "trainer",
@@ -443,7 +443,7 @@ def test_nothing_of_a_patient_or_a_machine_travels(folder, tmp_path):
 def test_the_recipe_travels_without_paths_and_says_so(folder):
     edited(folder / "recipe.yaml", *MODEL, "init_args", "tokenizer", to="facebook/sam3")
     edited(folder / "recipe.yaml", "checkpoint", to={"monitor": "val/dsc", "dirpath": "runs/smith/checkpoints"})
-    text = travelling_recipe("# Does it see?\n# In /home/alice/lab.\n" + (folder / "recipe.yaml").read_text())
+    text = travelling_recipe("# Does it see?\n# In /users/alice/lab.\n" + (folder / "recipe.yaml").read_text())
     assert text.startswith("# The recipe of the run") and "cut to their last part" in text
     assert "# Does it see? In lab.\n" in text
     content = yaml.safe_load(text)
@@ -455,7 +455,7 @@ def test_the_recipe_travels_without_paths_and_says_so(folder):
 
 
 def test_addresses_of_data_sets_may_stay():
-    text = "https://a.org/b, doi:10.1/x, /home/bob/c"
+    text = "https://a.org/b, doi:10.1/x, /users/bob/c"
     assert without_paths(text, addresses=True) == "https://a.org/b, doi:10.1/x, c"
 
 
@@ -470,7 +470,7 @@ def test_addresses_of_data_sets_may_stay():
         ("\\\\server\\share\\w.pth", "w.pth"),
         ("s3://key:secret@bucket/far/train", "train"),
         ("https://host.lan/w.pth?token=1", "w.pth"),
-        ("file:///home/bob/w.pth.", "w.pth."),
+        ("file:///users/bob/w.pth.", "w.pth."),
         ("1/2 of all, val/dsc, and/or", "1/2 of all, val/dsc, and/or"),
         ("at 3 px; a: b", "at 3 px; a: b"),
     ],
