@@ -78,3 +78,16 @@ def test_nothing_in_the_repository_is_tied_to_a_machine_or_a_registry():
             text = path.read_text()
             for wrong in ("/work/", "/home/", "/root/", "://pypi", "://download.pytorch", "://registry"):
                 assert wrong not in text, f"{name} names {wrong}"
+
+
+def test_the_matrix_of_exports_is_what_the_gate_wrote():
+    """Each row of README's is one of the results'; every format is there."""
+    results = (REPOSITORY / "benchmarks/results/exports.md").read_text()
+    written = {tuple(cell.strip() for cell in line.split("|")[1:6]) for line in results.splitlines() if "|" in line}
+    matrix = README.partition("<!-- exports -->\n")[2].partition("<!-- /exports -->")[0].splitlines()[2:]
+    rows = [tuple(cell.strip() for cell in line.split("|")[1:6]) for line in matrix]
+    assert rows and {*rows} <= written
+    assert all(float(difference) <= 1e-3 for *_, difference in rows)
+    assert "FAILED" not in results
+    offered = README.partition("| `--to` | what |")[2].partition("\n\n")[0]
+    assert {form for _, form, *_ in rows} <= {*re.findall(r"^\| (`[a-z0-9-]+`)", offered, re.MULTILINE)}
