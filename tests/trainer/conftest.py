@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,3 +96,9 @@ def shape_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "shapes.yaml").write_text(yaml.safe_dump(spec))
     build(folder / "shapes.yaml", folder / "shards", root=folder)
     return folder / "shards"
+
+
+@pytest.fixture
+def copied_run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny run, without its exports: exporting writes into a run, and others read that one."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "copied", ignore=shutil.ignore_patterns("exports", "logs")))

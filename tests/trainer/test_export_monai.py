@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import subprocess
 import sys
 from itertools import product
@@ -39,9 +38,8 @@ runpy.run_module("monai.bundle", run_name="__main__")
 
 
 @pytest.fixture
-def run(tiny_run: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny run, whose exports are its own."""
-    return Path(shutil.copytree(tiny_run, tmp_path / "copied", ignore=shutil.ignore_patterns("exports", "logs")))
+def run(copied_run: Path) -> Path:
+    return copied_run
 
 
 def command(run: Path, out: Path) -> tuple[object, ...]:

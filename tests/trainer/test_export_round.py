@@ -53,12 +53,12 @@ def same_masks(found: torch.Tensor, ours: torch.Tensor) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FORMATS)
-def test_held_out_slices_have_the_same_masks_there(name, tuned, tiny_run, tiny_shards, tmp_path, trainer_command):
+def test_held_out_slices_have_the_same_masks_there(name, tuned, copied_run, tiny_shards, tmp_path, trainer_command):
     exporter = EXPORTERS[name]
     package = exporter.package.replace("-", "_")
     pytest.importorskip(package)
     out = tmp_path / f"out{exporter.suffix}"
-    code, _, err = trainer_command("export", tiny_run, "--to", name, "--out", out, "--samples", 1)
+    code, _, err = trainer_command("export", copied_run, "--to", name, "--out", out, "--samples", 1)
     assert code == 0, err
     exporter = exporter.for_model(tuned)
     there = tuned if exporter.image_size == tuned.preprocessing.image_size else tuned.at_size(exporter.image_size)
