@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from copied_runs import copied
 from torch import Tensor
 
 from data_shards.build import build
@@ -100,5 +100,5 @@ def shape_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied_run(tiny_run: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny run, without its exports: exporting writes into a run, and others read that one."""
-    return Path(shutil.copytree(tiny_run, tmp_path / "copied", ignore=shutil.ignore_patterns("exports", "logs")))
+    """A copy of the tiny run, without its exports."""
+    return copied(tiny_run, tmp_path / "copied")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -81,11 +80,6 @@ def trained(family: str, folder: Path, shards: Path, tuning: dict[str, Any] | No
     (folder / "r.yaml").write_text("# Does it run?\n" + yaml.safe_dump(content))
     assert main(["fit", "-c", str(folder / "r.yaml")]) == 0
     return folder / "run"
-
-
-def copied(run: Path, folder: Path) -> Path:
-    """A copy of a run, without its exports."""
-    return Path(shutil.copytree(run, folder / "run", ignore=shutil.ignore_patterns("exports", "logs")))
 
 
 def image_of(family: str) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from copied_runs import copied
 from encoders import make
 from torch import Tensor, nn
 
@@ -205,14 +206,9 @@ def command(run: Path, out: Path, name: str) -> tuple[object, ...]:
     return "export", run, "--to", name, "--out", out, "--samples", 2
 
 
-def copied(tiny_run: Path, where: Path) -> Path:
-    """A copy of the tiny run, without its exports."""
-    return Path(shutil.copytree(tiny_run, where, ignore=shutil.ignore_patterns("exports", "logs")))
-
-
 @pytest.fixture
-def run(tiny_run: Path, tmp_path: Path) -> Path:
-    return copied(tiny_run, tmp_path / "copied")
+def run(copied_run: Path) -> Path:
+    return copied_run
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 import tiny_sam3
 import torch
 import yaml
+from copied_runs import copied
 from tiny_sam3 import SHAPE, SIDE
 
 from data_shards.vocabulary import synonyms
@@ -54,7 +55,7 @@ def train(shards: Path, folder: Path, tuning: str) -> Path:
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of that run, without its exports."""
-    return Path(shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("exports", "logs")))
+    return copied(trained, tmp_path / "run")
 
 
 @pytest.mark.parametrize("to", FORMATS)

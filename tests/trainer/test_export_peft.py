@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from family_runs import BOXES, SAM2_SHAPE, copied, image_of, logits, refused, trained
+from copied_runs import copied
+from family_runs import BOXES, SAM2_SHAPE, image_of, logits, refused, trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,20 +42,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:cannot import name")  # without 
 @pytest.fixture(scope="module")
 def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The LoRA run of a family; not to be changed."""
-    made: dict[str, Path] = {}
-
-    def run(family: str) -> Path:
-        if family not in made:
-            made[family] = trained(family, tmp_path_factory.mktemp(family), tiny_shards, LORA)
-        return made[family]
-
-    return run
+    return functools.cache(lambda family: trained(family, tmp_path_factory.mktemp(family), tiny_shards, LORA))
 
 
 @pytest.fixture
 def run(runs: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
     """A copy of a family's run, without its exports."""
-    return lambda family: copied(runs(family), tmp_path / family)
+    return lambda family: copied(runs(family), tmp_path / family / "run")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from family_runs import BOXES, SIDES, copied, image_of, logits, node, refused, trained
+from copied_runs import copied
+from family_runs import BOXES, SIDES, image_of, logits, node, refused, trained
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,20 +35,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:cannot import name")  # without 
 @pytest.fixture(scope="module")
 def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The run of a family; not to be changed."""
-    made: dict[str, Path] = {}
-
-    def run(family: str) -> Path:
-        if family not in made:
-            made[family] = trained(family, tmp_path_factory.mktemp(family), tiny_shards)
-        return made[family]
-
-    return run
+    return functools.cache(lambda family: trained(family, tmp_path_factory.mktemp(family), tiny_shards))
 
 
 @pytest.fixture
 def run(runs: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
     """A copy of a family's run, without its exports."""
-    return lambda family: copied(runs(family), tmp_path / family)
+    return lambda family: copied(runs(family), tmp_path / family / "run")
 
 
 def loaded(name: str, folder: Path) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from copied_runs import copied
 from torch import Tensor
 
 from data_shards.errors import UserError
@@ -88,7 +88,7 @@ def trained(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of that run, without its exports."""
-    return Path(shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("exports", "logs")))
+    return copied(trained, tmp_path / "run")
 
 
 def command(run: Path, out: Path, *options: object) -> tuple[object, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from copied_runs import copied
 from official_sam3 import SHAPE, SIDE, merges, tiny
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def trained(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of that run, without its exports."""
-    return Path(shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("exports", "logs")))
+    return copied(trained, tmp_path / "run")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from data_shards.errors import UserError
 from trainer.export.base import DTYPES, Exporter, InputConsumer, PromptConsumer, TextAnswer, TextConsumer, VideoConsumer
 from trainer.export.companions.travelling import hub_name
 from trainer.export.gate import TOLERANCE
-from trainer.export.transformers import TransformersExporter, family_of
+from trainer.export.transformers import TransformersExporter, family_of, has_class
 from trainer.models import LiteMedSAM, SegmentationModel
 from trainer.tuning import LoRATuning
 
@@ -89,10 +89,7 @@ class PEFTExporter(Exporter):
                 "the run's base is in 8 bits, which rounds what its layers take as well, so that no plain base answers "
                 "alike: --to transformers merges it"
             )
-        family = family_of(model)
-        if family is not None:
-            family.check(self.name)
-        return family is not None
+        return has_class(model, self.name)
 
     def for_model(self, model: SegmentationModel) -> PEFTExporter:
         """The export onto the class that transformers has for the model, at the model's own input side."""

@@ -34,10 +34,7 @@ class TransformersExporter(Exporter):
         Raises:
             UserError: It has, but not in the model's sizes.
         """
-        family = family_of(model)
-        if family is not None:
-            family.check(self.name)
-        return family is not None
+        return has_class(model, self.name)
 
     def for_model(self, model: SegmentationModel) -> TransformersExporter:
         """The export to the class that transformers has for the model, at the model's own input side."""
@@ -70,6 +67,22 @@ class TransformersExporter(Exporter):
     def load(self, path: Path) -> PromptConsumer | TextConsumer | VideoConsumer:
         """Load the folder by `from_pretrained`."""
         return self.family.load(path)
+
+
+def has_class(model: SegmentationModel, to: str) -> bool:
+    """Whether transformers has a class for a model.
+
+    Args:
+        model: The model.
+        to: Name of the format, which the error begins with.
+
+    Raises:
+        UserError: It has, but not in the model's sizes.
+    """
+    family = family_of(model)
+    if family is not None:
+        family.check(to)
+    return family is not None
 
 
 def family_of(model: SegmentationModel) -> Family | None:
