@@ -71,7 +71,6 @@ def test_held_out_slices_have_the_same_masks_there(name, tuned, copied_run, tiny
         else:
             found = consumer(images, boxes)
         same_masks(found, logits_of(there, batch))
-    if name == "litemedsam":  # whose names are weights that a recipe may name
-        back = LiteMedSAM(tuned.preprocessing.image_size, weights=str(out)).eval()
-        for batch in real_samples(str(tiny_shards / "test"), 5):
-            assert torch.equal(logits_of(back, batch), logits_of(tuned, batch))
+    back = LiteMedSAM(tuned.preprocessing.image_size, weights=str(out)).eval()
+    for batch in real_samples(str(tiny_shards / "test"), 5):
+        assert torch.equal(logits_of(back, batch), logits_of(tuned, batch))

@@ -130,6 +130,12 @@ def test_the_official_predictor_loads_an_export_and_follows_the_same(run, traine
     changed = {name for name, tensor in written.items() if not torch.equal(tensor, before[name])}
     assert any(".attn.qkv." in name for name in changed) and changed != written.keys()
 
+    # a recipe may begin with it
+    module = restore(Run(run))
+    module.tuning.merge(module.model)
+    again = SAM2("tiny", SIDE, weights=str(out)).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in module.model.state_dict().items())
+
     # the same by hand, with the other predictor, and the sizes that the note gives
     theirs = SAM2ImagePredictor(build_sam.build_sam2(CONFIG, str(out), device="cpu", hydra_overrides_extra=OVERRIDES))
     theirs._bb_feat_sizes = [(16, 16), (8, 8), (4, 4)]
@@ -137,8 +143,6 @@ def test_the_official_predictor_loads_an_export_and_follows_the_same(run, traine
     box = torch.tensor([[10.0, 12.0, 50.0, 40.0]])
     theirs.set_image(noise)
     expected = torch.from_numpy(theirs.predict(box=box.numpy(), multimask_output=False)[2])
-    module = restore(Run(run))
-    module.tuning.merge(module.model)
     image = module.model.preprocessing.images([torch.from_numpy(noise).permute(2, 0, 1)])
     with torch.no_grad():
         ours = module.model.decode(module.model.encode(image), Prompts(torch.zeros(1, dtype=torch.int64), box))[0][0]

@@ -127,6 +127,8 @@ def test_the_official_builder_loads_an_export_and_agrees(run, tmp_path, trainer_
     assert {tensor.dtype for tensor in written.values()} == {torch.float32, torch.complex64}
     model = restore(Run(run)).model
     assert isinstance(model, SAM3)
+    again = SAM3(weights=str(out), image_size=SIDE, shape=SHAPE).state_dict()  # a recipe may begin with it
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
     image = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(7))
     theirs = ask(official, image, official._get_dummy_prompt())
     with torch.no_grad():

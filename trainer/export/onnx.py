@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from data_shards.errors import UserError
 from trainer.export.graphs import Graph, GraphExporter, Runner, quiet, traced, translating
+from trainer.models.graph_weights import WEIGHTS
 
 OPSET = 18
 """Version of the operators: onnxruntime 1.14 and later take it, and torch's exporter writes it without converting."""
@@ -50,11 +52,14 @@ class OnnxExporter(GraphExporter):
                     opset_version=OPSET,
                     input_names=list(graph.inputs),
                     output_names=list(graph.outputs),
+                    optimize=False,  # keeps each weight, by its name, to be taken back; onnxruntime folds as it opens
                     verbose=False,
                 )
             assert written is not None
             _tidy(written.model.graph, graph)
-            size = sum(tensor.numel() * tensor.element_size() for tensor in graph.module.state_dict().values())
+            weights = graph.module.state_dict()
+            written.model.metadata_props[WEIGHTS] = json.dumps([*weights])
+            size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
             written.save(path, external_data=size > ONE_FILE)
             onnx.checker.check_model(str(path))
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_shards.errors import UserError, nearest
+from trainer.models.graph_weights import ENDINGS, graphs_in, read_graphs
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ PINNED = {
     )
 }
 
-_FILE_ENDINGS = {".bin", ".ckpt", ".pt", ".pth", ".safetensors"}
+_FILE_ENDINGS = {".bin", ".ckpt", ".pt", ".pth", ".safetensors", *ENDINGS}
 """What a file of weights ends in; a dot in a hub's name (sam2.1-hiera-tiny) is no such ending."""
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 """What transformers calls the weights in a folder or repository; older ones have the second."""
@@ -68,6 +69,10 @@ def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
     """
     path, pinned_sha256 = _locate(source)
     expected = sha256 or pinned_sha256
+    if path.is_dir():
+        if expected is not None:
+            raise UserError(f"weights {path}: several files, of which no one has a SHA-256: leave out weights_sha256")
+        return read_graphs(graphs_in(path))
     if expected is not None:
         found = sha256_of(path)
         if found != expected.lower():
@@ -75,7 +80,7 @@ def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
                 f"weights {path}: wrong checksum, SHA-256 is {found} and should be {expected}: "
                 "the file is damaged or another one; fetch it again"
             )
-    return _load(path)
+    return read_graphs([path]) if path.suffix in ENDINGS else _load(path)
 
 
 def source_of(weights: str | None) -> str | None:
@@ -156,13 +161,17 @@ def _locate(source: str) -> tuple[Path, str | None]:
 
 
 def _in_folder(folder: Path) -> Path:
-    """The weights in a folder that transformers wrote."""
+    """The weights in a folder that transformers wrote; the folder itself where it holds graphs."""
     for name in _FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name
     if any(folder.glob("*.index.json")):
         raise UserError(f"weights {folder}: in several parts; save them in one: save_pretrained(max_shard_size='50GB')")
-    raise UserError(f"weights {folder}: no model.safetensors here; name a file, or a folder that save_pretrained wrote")
+    if graphs_in(folder):
+        return folder
+    raise UserError(
+        f"weights {folder}: no model.safetensors here; name a file, or a folder that save_pretrained or an export wrote"
+    )
 
 
 def _from_hub(source: str) -> Path:
