@@ -73,7 +73,7 @@ $(RUN)/report.html: $(RUN)/evaluation/untouched/per_case.csv $(RUN)/evaluation/t
 # --- development
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal --durations 40
 
 faults: $(VENV)/.dev
 	@$(BIN)/python tests/faults/run.py --out benchmarks/results/faults.md

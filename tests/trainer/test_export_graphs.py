@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import shutil
@@ -214,18 +215,16 @@ def run(copied_run: Path) -> Path:
 @pytest.fixture(scope="module")
 def exported(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
     """The tiny run in a format, exported once by the command: its folder, and what was said."""
-    made: dict[str, tuple[Path, str]] = {}
 
+    @functools.cache
     def of(name: str) -> tuple[Path, str]:
         pytest.importorskip(EXPORTERS[name].package)
-        if name not in made:
-            folder = tmp_path_factory.mktemp("exported")
-            said = io.StringIO()
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                code = main([str(one) for one in command(copied(tiny_run, folder / "run"), folder / "graphs", name)])
-            assert code == 0, said.getvalue()
-            made[name] = folder / "graphs", said.getvalue()
-        return made[name]
+        folder = tmp_path_factory.mktemp("exported")
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = main([str(one) for one in command(copied(tiny_run, folder / "run"), folder / "graphs", name)])
+        assert code == 0, said.getvalue()
+        return folder / "graphs", said.getvalue()
 
     return of
 
