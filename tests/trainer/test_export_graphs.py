@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import io
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +173,19 @@ def test_what_cannot_be_traced_is_said_in_one_line(name, tmp_path):
         UserError, match=r"^added: torch .* makes no graph of it \(.*\): see which other --to"
     ) as caught:
         EXPORTERS[name].save(graph_of(Added(traceable=False)), tmp_path / "x")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_onnxscript_that_is_too_old_is_named(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setitem(sys.modules, "onnxscript._framework_apis.torch_2_11", None)
+    monkeypatch.setattr(
+        torch.onnx, "export", lambda *_, **__: importlib.import_module("onnxscript._framework_apis.torch_2_11")
+    )
+    with pytest.raises(
+        UserError, match=r"wants a newer onnxscript \(.*\): pip install --upgrade onnxruntime onnx"
+    ) as caught:
+        EXPORTERS["onnx"].save(graph_of(Added()), tmp_path / "x")
     assert "\n" not in str(caught.value)
 
 

@@ -127,6 +127,8 @@ def translating(graph: Graph) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # torch raises of many kinds
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(

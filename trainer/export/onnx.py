@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ class OnnxExporter(GraphExporter):
 
         program = traced(graph)
         with quiet(), torch.no_grad():  # else attention is decomposed otherwise than it was traced
-            with translating(graph):
+            with translating(graph), current():
                 written = torch.onnx.export(
                     program,
                     dynamo=True,
@@ -78,6 +80,22 @@ class OnnxExporter(GraphExporter):
             return {name: torch.from_numpy(array) for name, array in zip(outputs, found, strict=True)}
 
         return run
+
+
+@contextlib.contextmanager
+def current() -> Iterator[None]:
+    """Say what to install where onnxscript is older than this torch wants it; pip does not know that.
+
+    Raises:
+        UserError: It is.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"export to 'onnx': torch {torch.__version__} wants a newer onnxscript ({error}): pip install --upgrade "
+            f"{REQUIREMENT}"
+        ) from error
 
 
 def _tidy(written: Any, graph: Graph) -> None:
