@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -208,8 +209,18 @@ def test_every_part_that_does_not_fold_is_traced(tuning):
     torch.testing.assert_close(found, model.encode(images))
 
 
-def test_tracing_leaves_the_model_as_it_was(tmp_path):
-    model = tiny("litemedsam")
+def test_positions_that_sam2_s_memory_reads_are_not_in_its_graphs(tmp_path):
+    """At 1024 px they would be 170 MB."""
+    model = tiny("sam2")
+    exporter_of("torch-export", model).write(model, tmp_path)
+    with zipfile.ZipFile(tmp_path / "image_encoder.pt2") as archive:
+        (listed,) = (name for name in archive.namelist() if name.endswith("constants_config.json"))
+        assert "position_encoding" not in archive.read(listed).decode()
+
+
+@pytest.mark.parametrize("family", ["litemedsam", "sam2"])
+def test_tracing_leaves_the_model_as_it_was(tmp_path, family):
+    model = tiny(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     exporter = exporter_of("torch-export", model)

@@ -5,7 +5,8 @@ Shapes: B images, Q objects, P points an object, C channels, S input side, g = S
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -83,9 +84,20 @@ class _Encoder(nn.Module):
         self._whole = (model,)  # in a tuple, so that the rest is not registered
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features = self._whole[0].encode(images)
+        with _no_positions(self.image_encoder.neck.position_encoding):
+            features = self._whole[0].encode(images)
         # not `without_memory`, whose parameter is the model's and not this graph's
         return features.top + self.no_mem_embed[0, 0, :, None, None], *features.high
+
+
+@contextmanager
+def _no_positions(encoding: nn.Module) -> Iterator[None]:
+    """Positions that the memory alone reads would travel as constants, larger than all weights together."""
+    encoding.forward = lambda level: level.new_zeros(1)
+    try:
+        yield
+    finally:
+        del encoding.forward
 
 
 class _Decoder(nn.Module):
