@@ -4,6 +4,7 @@ python benchmarks/exports.py                               # all, at released si
 python benchmarks/exports.py --families litemedsam sam2    # two families
 python benchmarks/exports.py --formats onnx peft           # two formats
 python benchmarks/exports.py --quick                       # tiny models where the tool takes any size: some minutes
+python benchmarks/exports.py --formats onnx --save         # put the rows into the results and README's matrix
 
 A run of each family is made without training: LiteMedSAM has its released weights, the others have random ones, since
 no hub is needed so. Runs that go to `peft` have LoRA in the encoder, with additions that are not zero. Each is exported
@@ -34,7 +35,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +54,12 @@ from trainer.modules.tuned import TunedModule
 from trainer.restore import instantiate
 from trainer.run import Run, read_json
 
+RESULTS = Path(__file__).with_name("results") / "exports.md"
+README = Path(__file__).parents[1] / "README.md"
+TABLE = (
+    "| family | format | loaded by | px | largest difference | input | MB | s |",
+    "|---|---|---|---|---|---|---|---|",
+)
 ADAPTED = "peft"
 """The format that holds adapters instead of a model."""
 _HIERA = {
@@ -140,19 +147,44 @@ def shown(row: Mapping[str, Any]) -> str:
     )
 
 
+def save(lines: Sequence[str]) -> None:
+    """Put lines of the table into the results, in the place of those of the same family and format, and into README."""
+    text = RESULTS.read_text(encoding="utf-8")
+    head = text.partition("\n| ")[0]
+    own = (cells(line) for line in text.splitlines() if line.startswith("| ") and "`" in line)
+    merged = {(row[0], row[1]): row for row in (*own, *map(cells, lines))}
+    families = list(FAMILIES)
+    rows = sorted(merged.values(), key=lambda row: (families.index(row[0]), row[1]))
+    RESULTS.write_text(
+        "\n".join([head, *TABLE, *("| " + " | ".join(row) + " |" for row in rows), ""]), encoding="utf-8"
+    )
+    before, opened, rest = README.read_text(encoding="utf-8").partition("<!-- exports -->\n")
+    _, closed, after = rest.partition("<!-- /exports -->\n")
+    matrix = ["| family | `--to` | loaded by | px | largest difference |", "|---|---|---|---|---|"]
+    matrix += ["| " + " | ".join(row[:5]) + " |" for row in rows]
+    README.write_text("".join([before, opened, "\n".join([*matrix, ""]), closed, after]), encoding="utf-8")
+
+
+def cells(line: str) -> list[str]:
+    """What is in a line of a table."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny models where the tool takes any size")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--formats", nargs="+", choices=EXPORTERS, default=list(EXPORTERS), metavar="FORMAT")
     parser.add_argument("--samples", type=int, default=1, help="images that the gate compares on (1)")
+    parser.add_argument("--save", action="store_true", help=f"put the rows into {RESULTS.name} and README's matrix")
     values = parser.parse_args()
+    if values.save and values.quick:
+        parser.error("--save: the results are of released sizes, and not of --quick")
     rows = []
     with tempfile.TemporaryDirectory(prefix="exports-") as name:
         folder = Path(name)
         shards = write_shards(folder / "shards", [encoded(one, "png") for one in slices(2)], 2, 2)
-        print("| family | format | loaded by | px | largest difference | input | MB | s |")
-        print("|---|---|---|---|---|---|---|---|")
+        print("\n".join(TABLE))
         for family in values.families:
             for form in values.formats:
                 say(f"{family} to {form}")
@@ -164,6 +196,8 @@ def main() -> None:
                     rows.append(tried(family, form, run, place, values.samples))
                     print(shown(rows[-1]), flush=True)
                 shutil.rmtree(place)
+    if values.save:
+        save([shown(row) for row in rows])
     finish({"benchmark": "exports", "quick": values.quick, "torch": version("torch"), "rows": rows})
     sys.exit(any(row["ended"] for row in rows))
 
