@@ -95,9 +95,12 @@ def _onnx(path: Path) -> Iterator[tuple[str, Tensor]]:
         if weights is not None and tensor.name not in weights:
             continue
         array = numpy_helper.to_array(tensor)
-        if array.dtype.name == "bfloat16":  # which torch does not take from NumPy
-            array = array.astype(np.float32)
-        yield tensor.name, torch.from_numpy(array.copy())
+        if (
+            tensor.data_type == onnx.TensorProto.BFLOAT16
+        ):  # which NumPy does not have: by version whole numbers, or more
+            yield tensor.name, torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+        else:
+            yield tensor.name, torch.from_numpy(array.copy())
 
 
 def _pt2(path: Path) -> Iterator[tuple[str, Tensor]]:
