@@ -150,13 +150,13 @@ def shown(row: Mapping[str, Any]) -> str:
 def save(lines: Sequence[str]) -> None:
     """Put lines of the table into the results, in the place of those of the same family and format, and into README."""
     text = RESULTS.read_text(encoding="utf-8")
-    head = text.partition("\n| ")[0]
+    head = text.partition("\n| ")[0].rstrip()
     own = (cells(line) for line in text.splitlines() if line.startswith("| ") and "`" in line)
     merged = {(row[0], row[1]): row for row in (*own, *map(cells, lines))}
     families = list(FAMILIES)
     rows = sorted(merged.values(), key=lambda row: (families.index(row[0]), row[1]))
     RESULTS.write_text(
-        "\n".join([head, *TABLE, *("| " + " | ".join(row) + " |" for row in rows), ""]), encoding="utf-8"
+        "\n".join([head, "", *TABLE, *("| " + " | ".join(row) + " |" for row in rows), ""]), encoding="utf-8"
     )
     before, opened, rest = README.read_text(encoding="utf-8").partition("<!-- exports -->\n")
     _, closed, after = rest.partition("<!-- /exports -->\n")

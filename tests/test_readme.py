@@ -81,12 +81,19 @@ def test_nothing_in_the_repository_is_tied_to_a_machine_or_a_registry():
 
 
 def test_the_matrix_of_exports_is_what_the_gate_wrote():
-    """Each row of README's is one of the results'; every format is there."""
+    """README's rows are the results'; whatever a family can be exported to is there."""
     results = (REPOSITORY / "benchmarks/results/exports.md").read_text()
     written = {tuple(cell.strip() for cell in line.split("|")[1:6]) for line in results.splitlines() if "|" in line}
     matrix = README.partition("<!-- exports -->\n")[2].partition("<!-- /exports -->")[0].splitlines()[2:]
     rows = [tuple(cell.strip() for cell in line.split("|")[1:6]) for line in matrix]
     assert rows and {*rows} <= written
+    graphs = {"`onnx`", "`torch-export`"}
+    assert {family: {form for own, form, *_ in rows if own == family} for family, *_ in rows} == {
+        "litemedsam": {"`litemedsam`", "`monai`", *graphs},
+        "medsam": {"`segment-anything`", "`monai`", "`peft`", "`transformers`", *graphs},
+        "sam2": {"`sam2`", "`monai`", "`peft`", "`transformers`", *graphs},
+        "sam3": {"`sam3`", "`peft`", "`transformers`", *graphs},
+    }
     assert all(float(difference) <= 1e-3 for *_, difference in rows)
     assert "FAILED" not in results
     offered = README.partition("| `--to` | what |")[2].partition("\n\n")[0]
