@@ -189,6 +189,32 @@ def distances(
     return measured
 
 
+def measure(
+    prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...] = (1.0, 1.0), reach: float = np.inf
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Measure the distances between the outlines or surfaces of two masks.
+
+    Args:
+        prediction: (H, W) or (D, H, W), nonzero inside.
+        truth: As large, nonzero inside.
+        spacing: Distance of (slices,) rows and columns.
+        reach: Larger distances are infinite; a short one saves time.
+
+    Returns:
+        Of the prediction, then of the truth: sizes (N,) of its elements, and their distances (N,) to the other one.
+
+    Raises:
+        ValueError: The shapes differ, or the spacing has another number of axes.
+    """
+    if prediction.shape != truth.shape or truth.ndim != len(spacing) or truth.ndim not in (2, 3):
+        raise ValueError(
+            f"expected two masks of one size and its spacing, got {prediction.shape}, {truth.shape}, {spacing}"
+        )
+    predicted, true = outline(prediction, spacing), outline(truth, spacing)
+    ways = ((predicted, true), (true, predicted))
+    return [(one.lengths, distances(one, other, spacing, reach)) for one, other in ways]
+
+
 def nsd(prediction: np.ndarray, truth: np.ndarray, tolerance: float, spacing: Sequence[float] = (1.0, 1.0)) -> float:
     """Normalised surface Dice: the share of both outlines or surfaces that lies within a tolerance of the other one.
 
@@ -199,18 +225,35 @@ def nsd(prediction: np.ndarray, truth: np.ndarray, tolerance: float, spacing: Se
         truth: As large, nonzero inside.
         tolerance: Largest distance that counts as none, in the unit of the spacing.
         spacing: Distance of (slices,) rows and columns.
+
+    Raises:
+        ValueError: The shapes differ, or the spacing has another number of axes.
     """
-    scale = tuple(map(float, spacing))
-    predicted, true = outline(prediction, scale), outline(truth, scale)
-    ways = ((predicted, true), (true, predicted))
-    return share_within([(one.lengths, distances(one, other, scale, tolerance)) for one, other in ways], tolerance)
+    return share_within(measure(prediction, truth, tuple(map(float, spacing)), tolerance), tolerance)
+
+
+def hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float] = (1.0, 1.0)) -> float:
+    """95 % Hausdorff distance: 95 % of each outline or surface lies within it of the other one.
+
+    As PyPI ``surface-distance`` computes it, by length or area of the outline and not by its number of pixels, but 0
+    where prediction and truth are both empty; infinite where one is.
+
+    Args:
+        prediction: (H, W) or (D, H, W), nonzero inside.
+        truth: As large, nonzero inside.
+        spacing: Distance of (slices,) rows and columns; its unit is that of the result.
+
+    Raises:
+        ValueError: The shapes differ, or the spacing has another number of axes.
+    """
+    return robust_hausdorff(measure(prediction, truth, tuple(map(float, spacing))))
 
 
 def share_within(measured: Sequence[tuple[np.ndarray, np.ndarray]], tolerance: float) -> float:
     """Which share of two surfaces lies within a tolerance of the other one; 1 where both are empty.
 
     Args:
-        measured: Of each surface the sizes (N,) of its elements, and their distances (N,) to the other one.
+        measured: What `measure` found.
         tolerance: Largest distance that counts as none.
     """
     total = sum(sizes.sum() for sizes, _ in measured)
@@ -225,7 +268,7 @@ def robust_hausdorff(measured: Sequence[tuple[np.ndarray, np.ndarray]], share: f
     As PyPI ``surface-distance``'s robust Hausdorff distance, but 0 where both are empty; infinite where one is.
 
     Args:
-        measured: As in `share_within`, with all distances.
+        measured: What `measure` found, without a reach.
         share: Of the surface; 0.95 gives HD95.
     """
     lengths = [len(sizes) for sizes, _ in measured]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.metrics.surface import distances, extent, outline, robust_hausdorff, share_within
+from trainer.metrics.surface import extent, measure, robust_hausdorff, share_within
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def volume_scores(
         raise ValueError(f"expected two volumes of one size, got {prediction.shape} and {truth.shape}")
     predicted, true = (mask if mask.dtype == np.bool_ else mask != 0 for mask in (prediction, truth))
     scale = (1.0, 1.0, 1.0) if spacing is None else spacing
-    surfaces = outline(predicted, scale), outline(true, scale)
-    measured = [(one.lengths, distances(one, other, scale)) for one, other in (surfaces, surfaces[::-1])]
+    measured = measure(predicted, true, scale)
     return VolumeScores(
         dsc=dice(predicted, true),
         nsd=share_within(measured, tolerance),
@@ -78,3 +77,9 @@ def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
     if not sizes or box is None:
         return 0.0 if sizes else 1.0
     return 2 * int(np.count_nonzero(prediction[box] & truth[box])) / sizes
+
+
+def iou(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Intersection over union of masks of any dimension, bool; 1 where both are empty."""
+    share = dice(prediction, truth)
+    return share / (2 - share)
