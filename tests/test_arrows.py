@@ -72,6 +72,11 @@ FORBIDDEN = {  # what would pull weight or a circle into places that are light o
     "trainer.run": ("torch", "lightning"),
     "trainer.scores": ("torch", "lightning"),
     "trainer.presence": ("torch", "lightning"),
+    # trainer compare: tables from files alone, at once
+    "trainer.evaluation.columns": ("torch", "lightning"),
+    "trainer.evaluation.comparing": ("torch", "lightning"),
+    "trainer.evaluation.paired": ("torch", "lightning"),
+    "trainer.evaluation.paper_table": ("torch", "lightning"),
 }
 
 

@@ -23,6 +23,7 @@ Fine-tune segmentation foundation models for medicine.
                of a folder of images          trainer predict --folder IMAGES --run RUN --prompts CSV --out FOLDER
   evaluate     compare models on cases        trainer evaluate PROTOCOL.yaml
                score one on a volume          trainer evaluate --volume IMAGE --truth LABELS --run RUN --out FOLDER
+  compare      the papers' tables of scores   trainer compare SAM=RUN/evaluation/untouched tuned=RUN
   export       write weights for other tools  trainer export RUN --to litemedsam --out FILE
   consolidate  make one file of a checkpoint  trainer consolidate RUN [--out FILE]
   report       write the run's report.html    trainer report RUN
@@ -40,7 +41,7 @@ Mistakes in the input end with one line and exit code 2.
 """
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = ("plan", *LIGHTNING_COMMANDS, "evaluate", "export", "consolidate", "report", "launch", "jobs")
+COMMANDS = ("plan", *LIGHTNING_COMMANDS, "evaluate", "compare", "export", "consolidate", "report", "launch", "jobs")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,6 +66,10 @@ def _main(arguments: list[str]) -> int:
         from trainer.evaluation.cli import evaluate_command
 
         return evaluate_command(rest)
+    if command == "compare":
+        from trainer.evaluation.compare_cli import compare_command
+
+        return compare_command(rest)
     if command in LIGHTNING_COMMANDS:
         from trainer.lightning_cli import run_lightning
 
