@@ -421,13 +421,62 @@ def test_runs_and_recipes_score_as_trainer_test_does(
     rows = read(tmp_path / "out/per_case.csv")
     for name in ("tuned", "untouched"):
         expected = {
-            (row.key, row.target): (row.dsc, row.nsd)
+            (row.key, row.target): (row.dsc, row.iou, row.nsd)
             for row in read_scores(tiny_run / f"evaluation/{name}/per_case.csv")
         }
-        found = {(row.case, row.target): (row.dsc, row.nsd) for row in rows if row.model == name}
+        found = {(row.case, row.target): (row.dsc, row.iou, row.nsd) for row in rows if row.model == name}
         assert found.keys() == expected.keys()
         for place, scores in expected.items():
             assert found[place] == pytest.approx(scores, abs=2e-3), "but for the precision of the run"
+
+
+def test_models_and_data_may_be_named_without_a_protocol(
+    tiny_run: Path, tiny_shards: Path, tmp_path: Path, trainer_command
+) -> None:
+    out, data = tmp_path / "out", tiny_shards / "test"
+    models = (f"before={tiny_run / 'recipe.yaml'}", f"after={tiny_run / 'checkpoints/last.ckpt'}")
+    asked = ("--data", data, "--prompt", "box", "point", "--limit", 2, "--device", "cpu")
+    code, told, err = trainer_command("evaluate", *models, *asked, "--out", out)
+    assert code == 0, err
+    assert "8 cases computed" in told
+    rows = read(out / "per_case.csv")
+    assert {(row.model, row.set, row.prompt) for row in rows} == {
+        (model, f"test by {prompt}", prompt) for model in ("before", "after") for prompt in ("box", "point")
+    }
+    assert all(row.hd95 is not None and row.iou == pytest.approx(row.dsc / (2 - row.dsc), abs=1e-5) for row in rows)
+
+    # what it did is a protocol, with the same answers
+    again = ("evaluate", out / "protocol.yaml", "--limit", 2, "--device", "cpu", "--out", out)
+    code, told, err = trainer_command(*again)
+    assert code == 0 and "0 cases computed, 8 were there already" in told, err
+    assert "asked in two ways" in trainer_command("evaluate", "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("nowhere", "--data", "DATA"), "nowhere: there is no such run, checkpoint or recipe"),
+        (("a.ckpt", "--data", "DATA"), "no checkpoint in the folder of its run"),
+        (("RUN", "a=RUN", "a=RUN", "--data", "DATA"), "two models are called 'a': give each a name"),
+        (("RUN",), "evaluated on what? Give --data FOLDER"),
+        (("RUN", "b=RUN"), "several models, and no data"),
+        (("RUN", "--data", "DATA", "DATA", "--out", "o"), "--data names one folder twice"),
+        (("RUN", "--data", "DATA"), "where shall the results go? Give --out FOLDER"),
+        (("RUN", "--data", "DATA", "--prompt", "mask"), "prompt mask: in an image the mask is the answer"),
+        (("RUN", "--data", "DATA", "--prompt", "boxes"), "boxes"),
+        (("RUN", "--data", "elsewhere", "--out", "o"), "set 'elsewhere'"),
+        (("p.yaml", "--prompt", "point"), "--prompt belongs to --data"),
+    ],
+)
+def test_mistakes_in_models_and_data(
+    arguments, expected, tiny_run, tiny_shards, tmp_path, trainer_command, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.ckpt").write_bytes(b"x")
+    given = [one.replace("RUN", str(tiny_run)).replace("DATA", str(tiny_shards / "test")) for one in arguments]
+    code, _, err = trainer_command("evaluate", *given)
+    assert code == 2 and expected in err, err
+    assert err.count("trainer: error") == 1 and "Traceback" not in err
 
 
 # --- tables
@@ -436,8 +485,8 @@ def test_runs_and_recipes_score_as_trainer_test_does(
 def row(model: str, case: str, dsc: float, initial: str = "", modality: str = "CT", **values: Any) -> Row:
     kind = "3d" if initial else "2d"
     first = Row(
-        model, initial, "s", kind, "box", "d", modality, case, "liver", -1, 2, 0, 5, dsc, dsc / 2, None,
-        dsc if initial else None, "2 mm", 1.0, "x",
+        model, initial, "s", kind, "box", "d", modality, case, "liver", -1, 2, 0, 5, dsc, dsc / (2 - dsc), dsc / 2,
+        None, dsc if initial else None, "2 mm", 1.0, "x",
     )  # fmt: skip
     return replace(first, **values)
 

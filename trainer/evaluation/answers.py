@@ -17,7 +17,8 @@ from torch import Tensor
 from trainer.evaluation.cases import Part, Thing
 from trainer.evaluation.protocol import SetSpec
 from trainer.metrics import nsd, slice_dsc, volume_scores
-from trainer.metrics.volumes import dice
+from trainer.metrics.surface import measure, robust_hausdorff, share_within
+from trainer.metrics.volumes import dice, iou
 from trainer.models import SegmentationModel
 from trainer.volumes.asked import Asked, prompts_of, shown
 from trainer.volumes.propagation import propagate
@@ -30,6 +31,7 @@ class Score:
     """How good a mask, or an object in a volume, is; see `trainer.evaluation.rows.Row`."""
 
     dsc: float
+    iou: float
     nsd: float
     tolerance: str
     hd95: float | None = None
@@ -91,8 +93,14 @@ def dense(slices: Sequence[dict[str, object]]) -> np.ndarray:
 def score_image(prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, float] | None, spec: SetSpec) -> Score:
     """Score a mask (H, W) bool; the spacing of rows and columns is None where it is not known."""
     steps = spacing if spec.unit == "mm" else None
-    surface = nsd(prediction, truth, spec.tolerance, steps or (1.0, 1.0))
-    return Score(dice(prediction, truth), surface, _tolerance(spec, steps))
+    measured = measure(prediction, truth, steps or (1.0, 1.0))
+    return Score(
+        dsc=dice(prediction, truth),
+        iou=iou(prediction, truth),
+        nsd=share_within(measured, spec.tolerance),
+        tolerance=_tolerance(spec, steps),
+        hd95=robust_hausdorff(measured),
+    )
 
 
 def score_sequence(prediction: np.ndarray, truth: np.ndarray, part: Part, thing: Thing, spec: SetSpec) -> Score:
@@ -100,14 +108,15 @@ def score_sequence(prediction: np.ndarray, truth: np.ndarray, part: Part, thing:
     place = thing.shown - thing.first
     if spec.kind == "video":
         steps = part.whole.flat_spacing if spec.unit == "mm" else None
-        pairs = zip(prediction, truth, strict=True)
+        pairs = list(zip(prediction, truth, strict=True))
         surface = [nsd(one, other, spec.tolerance, steps or (1.0, 1.0)) for one, other in pairs]
         dsc = slice_dsc(prediction, truth)
         others = float(np.delete(dsc, place).mean())
-        return Score(float(dsc.mean()), float(np.mean(surface)), _tolerance(spec, steps), None, others)
+        whole = float(np.mean([iou(one, other) for one, other in pairs]))
+        return Score(float(dsc.mean()), whole, float(np.mean(surface)), _tolerance(spec, steps), None, others)
     found = volume_scores(prediction, truth, part.spacing if spec.unit == "mm" else None, spec.tolerance)
     rest = dice(np.delete(prediction, place, 0), np.delete(truth, place, 0))
-    return Score(found.dsc, found.nsd, found.tolerance, found.hd95, rest)
+    return Score(found.dsc, iou(prediction, truth), found.nsd, found.tolerance, found.hd95, rest)
 
 
 def _tolerance(spec: SetSpec, steps: tuple[float, float] | None) -> str:

@@ -1,17 +1,23 @@
-"""`trainer evaluate PROTOCOL.yaml`: several models on the same cases."""
+"""`trainer evaluate`: several models on the same cases, by a protocol or by what the command line names."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
+from typing import get_args
 
 from data_shards.errors import CommandParser, UserError, counted
-from trainer.evaluation.protocol import KINDS, load_protocol
+from trainer.evaluation.given import Prompt, given_protocol
+from trainer.evaluation.protocol import KINDS, Loaded, load_protocol
 
 DESCRIPTION = """\
 Let several models answer the same cases, and compare them: images, volumes that are followed from one slice, videos
 that are followed from the first frame.
 
-  trainer evaluate recipes/evaluation/sam2_transfer.yaml
+  trainer evaluate runs/liver --data data/liver/test --out eval/liver             a run: the newest of its checkpoints
+  trainer evaluate MedSAM=recipes/medsam/full.yaml tuned=runs/liver --data data/liver/test data/other/test \\
+      --prompt box point --out eval/both                                  before and after tuning, asked in two ways
+  trainer evaluate recipes/evaluation/sam2_transfer.yaml                  a protocol says all of that, and more
   trainer evaluate PROTOCOL.yaml --only 3d --limit 5        a first look: five volumes of each set
   trainer evaluate PROTOCOL.yaml --out runs/comparison
 
@@ -23,18 +29,18 @@ One volume of your own is scored with `trainer evaluate --volume --help`.
 
 
 def evaluate_command(arguments: list[str]) -> int:
-    """Run ``trainer evaluate PROTOCOL.yaml`` and return its exit code.
+    """Run ``trainer evaluate`` with a protocol, or with models and data, and return its exit code.
 
     Raises:
-        UserError: A mistake in the arguments or the protocol, or something that it names is missing.
+        UserError: A mistake in the arguments or the protocol, or something that they name is missing.
     """
     values = _parser().parse_args(arguments)
     if values.limit is not None and values.limit < 1:
         raise UserError(f"--limit {values.limit}: 1 or more")
-    loaded = load_protocol(values.protocol)
+    loaded = _loaded(values)
     folder = values.out or loaded.protocol.out
     if folder is None:
-        raise UserError(f"{values.protocol}: where shall the results go? Give --out FOLDER, or the key 'out'")
+        raise UserError(f"{loaded.path}: where shall the results go? Give --out FOLDER, or the key 'out' of a protocol")
     out = Path(folder)
 
     from trainer.evaluation.results import write_results
@@ -57,9 +63,40 @@ def evaluate_command(arguments: list[str]) -> int:
     return 0
 
 
+def _loaded(values: Namespace) -> Loaded:
+    """The protocol that is named, or the one that models and data make."""
+    if values.data:
+        return given_protocol(
+            values.models, values.data, values.kind or "2d", values.prompt or ["box"], values.margin or 0
+        )
+    for name in ("kind", "prompt", "margin"):
+        if getattr(values, name) is not None:
+            raise UserError(f"--{name} belongs to --data; in a protocol it is a key of a set")
+    if len(values.models) > 1:
+        raise UserError("several models, and no data: give --data FOLDER, or one PROTOCOL.yaml")
+    (path,) = values.models
+    if Path(path).is_dir():
+        raise UserError(f"{path}: evaluated on what? Give --data FOLDER of shards, or a PROTOCOL.yaml")
+    return load_protocol(path)
+
+
 def _parser() -> CommandParser:
     parser = CommandParser(prog="trainer evaluate", description=DESCRIPTION)
-    parser.add_argument("protocol", metavar="PROTOCOL.yaml", help="models and sets; recipes/evaluation has some")
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="PROTOCOL.yaml | [NAME=]MODEL",
+        help="a protocol (recipes/evaluation has some); or with --data the models: a run, a checkpoint of one, or a "
+        "recipe, whose model is taken untouched",
+    )
+    parser.add_argument("--data", nargs="+", metavar="FOLDER", help="shards, such as data/mine/test")
+    parser.add_argument(
+        "--kind", choices=KINDS, help="with --data: images, volumes followed from a slice, or videos (default: 2d)"
+    )
+    parser.add_argument(
+        "--prompt", nargs="+", choices=get_args(Prompt), help="with --data: how the truth is shown (default: box)"
+    )
+    parser.add_argument("--margin", type=int, metavar="PX", help="with --data: pixels that a box is enlarged by (0)")
     parser.add_argument("--out", metavar="FOLDER", help="where the results go (default: the protocol's `out`)")
     parser.add_argument("--only", choices=KINDS, help="sets of one kind alone")
     parser.add_argument("--limit", type=int, metavar="N", help="most images, volumes or videos of each set")

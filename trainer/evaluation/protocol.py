@@ -157,6 +157,7 @@ class Loaded:
         models: Where its models come from, by name, in the order of the file.
         question: Its opening question.
         caveat: The caveat in its opening comment.
+        text: All that is in the file.
     """
 
     path: Path
@@ -164,6 +165,7 @@ class Loaded:
     models: dict[str, ModelSpec]
     question: str
     caveat: str
+    text: str
 
 
 def load_protocol(path: str | Path) -> Loaded:
@@ -183,8 +185,8 @@ def load_protocol(path: str | Path) -> Loaded:
         raise UserError(f"{path}: models: expected names, each with a run, a recipe or a class_path below it")
     protocol = from_mapping(Protocol, {**content, "models": list(nodes)}, str(path))
     models = {name: _model(node, path, f"models.{name}") for name, node in nodes.items()}
-    question, caveat = opening(path.read_text(encoding="utf-8"))
-    return Loaded(path, protocol, models, question, caveat)
+    text = path.read_text(encoding="utf-8")
+    return Loaded(path, protocol, models, *opening(text), text)
 
 
 def _model(node: Any, path: Path, key: str) -> ModelSpec:

@@ -13,7 +13,7 @@ from trainer.run import write_json
 
 
 def write_results(evaluation: Evaluation) -> list[Section]:
-    """Write ``summary.json``, ``summary.md`` and ``report.html``.
+    """Write ``summary.json``, ``summary.md``, ``report.html`` and the protocol itself.
 
     Returns:
         The sections of the tables.
@@ -29,8 +29,8 @@ def write_results(evaluation: Evaluation) -> list[Section]:
     write_json(out / "summary.json", head | tables.summary(sections, left_out))
     name = loaded.path.stem
     _write(out / "summary.md", text.markdown(name, loaded.question, sections, left_out))
-    written = loaded.path.read_text(encoding="utf-8")
-    found = page.render(name, loaded.question, loaded.caveat, sections, _figures(evaluation), left_out, written)
+    _write(out / "protocol.yaml", loaded.text)
+    found = page.render(name, loaded.question, loaded.caveat, sections, _figures(evaluation), left_out, loaded.text)
     _write(out / "report.html", found)
     return sections
 

@@ -35,8 +35,10 @@ class Row:
         first: First slice that was asked for; −1 for images.
         slices: Number of slices that were asked for; 1 for images.
         dsc: Dice similarity coefficient, of volumes over all voxels.
+        iou: Intersection over union, likewise.
         nsd: Normalised surface Dice, of volumes in three dimensions.
-        hd95: 95 % Hausdorff distance, in the unit of the tolerance; None for images.
+        hd95: 95 % Hausdorff distance, in the unit of the tolerance, infinite where one of the masks is empty; None for
+            videos.
         dsc_unprompted: Dice over all slices but the one that was shown; None for images.
         tolerance: Largest distance that NSD forgives, with its unit.
         seconds: Share of the computing time, encoding included.
@@ -58,6 +60,7 @@ class Row:
     first: int
     slices: int
     dsc: float
+    iou: float
     nsd: float
     hd95: float | None
     dsc_unprompted: float | None
@@ -84,8 +87,9 @@ def read(path: Path) -> list[Row]:
 
 
 def _row(cells: dict[str, str]) -> Row:
+    cells = {"iou": "nan", **cells}  # tables of earlier versions have none: their rows do not count
     whole = {name: int(cells[name]) for name in ("target", "shown", "first", "slices")}
-    numbers = {name: float(cells[name]) for name in ("dsc", "nsd", "seconds")}
+    numbers = {name: float(cells[name]) for name in ("dsc", "iou", "nsd", "seconds")}
     maybe = {name: float(cells[name]) if cells[name] else None for name in ("hd95", "dsc_unprompted")}
     text = {name: cells[name] for name in COLUMNS if name not in {*whole, *numbers, *maybe}}
     return Row(**text, **whole, **numbers, **maybe)  # type: ignore[arg-type]

@@ -306,6 +306,7 @@ def _job(selected: Selected, model: str, initial: str, identities: dict[str, dic
     """A job, with what its answers depend on; titles, limits and terms only say which cases are asked for."""
     spec = selected.spec
     asked = {
+        "scores": ["dsc", "iou", "nsd", "hd95"],  # rows of an earlier version lack some
         "index": selected.shards.index.sha256,
         **{name: getattr(spec, name) for name in ("kind", "prompt", "margin", "extent", "tolerance", "unit")},
         "precision": precision,
@@ -372,6 +373,7 @@ def _row(
         first=place.first if place else -1,
         slices=place.last - place.first + 1 if place else 1,
         dsc=score.dsc,
+        iou=score.iou,
         nsd=score.nsd,
         hd95=score.hd95,
         dsc_unprompted=score.dsc_unprompted,
