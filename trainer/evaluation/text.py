@@ -108,7 +108,7 @@ def in_short(sections: Sequence[Section], left_out: Sequence[tuple[str, str, str
     """The tables of the scores, for a terminal."""
     parts = []
     for section in sections:
-        tables = [_markdown_table(*score_table(section, metric)) for metric in section.metrics if metric != "nsd"]
+        tables = [markdown_table(*score_table(section, metric)) for metric in section.metrics if metric != "nsd"]
         parts += [f"{heading(section)} (mean; median and quartiles)", *tables]
     return "\n\n".join(part for part in (*parts, left_out_note(left_out)) if part)
 
@@ -121,11 +121,12 @@ def markdown(name: str, question: str, sections: Sequence[Section], left_out: Se
         tables = [score_table(section, metric) for metric in section.metrics]
         for columns, lines in (*tables, difference_table(section)):
             if lines:
-                parts.append(_markdown_table(columns, lines))
+                parts.append(markdown_table(columns, lines))
     parts.append(left_out_note(left_out))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _markdown_table(columns: Cells, lines: Sequence[Cells]) -> str:
+def markdown_table(columns: Cells, lines: Sequence[Cells]) -> str:
+    """A table as Markdown."""
     rows = [columns, ["---"] * len(columns), *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
