@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).parents[1]
 # A module may import from its own layer and from those below it; the first is at the top.
 TRAINER_LAYERS = (
     ("trainer.cli",),
+    ("trainer.ablation",),
     ("trainer.launch",),
     ("trainer.plan",),
     (

@@ -24,6 +24,7 @@ Fine-tune segmentation foundation models for medicine.
   evaluate     compare models on cases        trainer evaluate PROTOCOL.yaml
                score one on a volume          trainer evaluate --volume IMAGE --truth LABELS --run RUN --out FOLDER
   compare      the papers' tables of scores   trainer compare SAM=RUN/evaluation/untouched tuned=RUN
+  ablate       answer a question by cells      trainer ablate recipes/ablations/peft_vs_full.yaml
   export       write weights for other tools  trainer export RUN --to litemedsam --out FILE
   consolidate  make one file of a checkpoint  trainer consolidate RUN [--out FILE]
   report       write the run's report.html    trainer report RUN
@@ -41,7 +42,10 @@ Mistakes in the input end with one line and exit code 2.
 """
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = ("plan", *LIGHTNING_COMMANDS, "evaluate", "compare", "export", "consolidate", "report", "launch", "jobs")
+COMMANDS = (
+    *("plan", *LIGHTNING_COMMANDS, "evaluate", "compare", "ablate"),
+    *("export", "consolidate", "report", "launch", "jobs"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,6 +74,10 @@ def _main(arguments: list[str]) -> int:
         from trainer.evaluation.compare_cli import compare_command
 
         return compare_command(rest)
+    if command == "ablate":
+        from trainer.ablation.cli import ablate_command
+
+        return ablate_command(rest)
     if command in LIGHTNING_COMMANDS:
         from trainer.lightning_cli import run_lightning
 

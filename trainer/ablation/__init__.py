@@ -1,0 +1,1 @@
+"""Ablations: one question, several cells, one budget."""

@@ -1,0 +1,300 @@
+"""The tables of an ablation, as Markdown and as LaTeX; the page and the terminal take the same cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_shards.errors import counted
+from trainer.ablation.results import KINDS, METRICS, Entry, Result, Results, Row, costs
+from trainer.ablation.spec import Loaded
+from trainer.report.markup import UNKNOWN, duration, score, signed
+from trainer.run import write_whole
+
+NAMES = {"dsc": "DSC", "nsd": "NSD"}
+LEVEL = 0.05
+"""A corrected p-value below it is marked."""
+BETTER, WORSE = "*", "↓"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in words.
+
+    Attributes:
+        title: What it shows.
+        columns: Headings.
+        rows: Cells.
+        words: Positions of the columns that are text; the others are numbers.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: tuple[int, ...] = (0,)
+
+
+def count(number: int | None) -> str:
+    """A number of parameters in few digits."""
+    if number is None:
+        return UNKNOWN
+    return f"{number / 1e6:,.2f} M" if number >= 1e6 else f"{number / 1e3:,.1f} k" if number >= 1e3 else str(number)
+
+
+def size(number: int | None) -> str:
+    """Bytes in few digits."""
+    if number is None:
+        return UNKNOWN
+    return f"{number / 1e6:,.1f} MB" if number >= 1e5 else f"{number / 1e3:,.1f} kB"
+
+
+def spread(entry: Entry | None) -> str:
+    """Median [quartiles], with a mark where it differs from the reference beyond chance."""
+    if entry is None:
+        return UNKNOWN
+    return f"{score(entry.median)} [{score(entry.q1)}, {score(entry.q3)}]{mark(entry)}"
+
+
+def mark(entry: Entry) -> str:
+    """The sign of a difference beyond chance; nothing where there is none."""
+    if entry.p_holm is None or entry.p_holm >= LEVEL or not entry.difference:
+        return ""
+    return BETTER if entry.difference > 0 else WORSE
+
+
+def _p(value: float | None) -> str:
+    return UNKNOWN if value is None else "<\u00a00.001" if value < 0.001 else f"{value:.2g}"
+
+
+def difference(entry: Entry | None, reference: str) -> tuple[str, str]:
+    """Mean difference with its interval, and the corrected p-value."""
+    if entry is None or entry.cell == reference:
+        return ("reference" if entry else UNKNOWN), UNKNOWN
+    if entry.difference is None:
+        return UNKNOWN, UNKNOWN
+    ends = f" ({signed(entry.difference_low)} to {signed(entry.difference_high)})" if entry.difference_low else ""
+    return signed(entry.difference) + ends, _p(entry.p_holm)
+
+
+def main_table(results: Results) -> Table:
+    """A row for each cell: its costs, its scores over all targets, and its difference from the reference."""
+    lines = []
+    for row in results.rows:
+        entries = {name: results.entry(row.name, name) for name in METRICS}
+        gain, p = difference(entries["dsc"], results.reference)
+        lines.append((row.name, *cost_cells(row), *(spread(entries[name]) for name in METRICS), gain, p))
+    memory = "Peak memory" if _on_gpu(results) else "Peak memory (process)"
+    return Table(
+        "Cost and scores over all targets",
+        (
+            *("Cell", "Learns", "% of all", "To keep", "Checkpoint", memory, "Images/s", "Time to fit"),
+            *("DSC, median [Q1, Q3]", "NSD, median [Q1, Q3]", "Mean difference of DSC (95 % CI)", "p (Holm)"),
+        ),
+        tuple(lines),
+    )
+
+
+def cost_cells(row: Row) -> tuple[str, ...]:
+    """What a cell costs, in words."""
+    known = costs(row)
+    share, memory, rate, seconds = (
+        row.results[-1].learning / row.results[-1].parameters if row.results[-1].parameters else None,
+        *(row.mean_of(name) for name in ("memory_gib", "images_per_second", "fit_seconds")),
+    )
+    kept = known["learning_bytes"]
+    checkpoint = row.mean_of("checkpoint_bytes")
+    return (
+        count(row.results[-1].learning),
+        UNKNOWN if share is None else f"{100 * share:.2f}",
+        size(kept) if isinstance(kept, int) and kept else "nothing",
+        size(None if checkpoint is None else round(checkpoint)),
+        UNKNOWN if memory is None else f"{memory:.2f} GiB",
+        UNKNOWN if rate is None else f"{rate:.3g}",
+        UNKNOWN if seconds is None else duration(seconds),
+    )
+
+
+def _on_gpu(results: Results) -> bool:
+    return any(one.on_gpu for row in results.rows for one in row.finished)
+
+
+def group_tables(results: Results) -> list[Table]:
+    """Scores of each data set and each modality, a column for each cell; nothing where there is only one."""
+    tables = []
+    for kind in KINDS[1:]:
+        groups = results.groups(kind)
+        for metric in METRICS if groups else ():
+            lines = []
+            for group in groups:
+                entries = [results.entry(row.name, metric, kind, group) for row in results.rows]
+                targets = max((one.n for one in entries if one), default=0)
+                lines.append((group, f"{targets:,}", *(spread(one) for one in entries)))
+            title = f"{NAMES[metric]} by {'data set' if kind == 'dataset' else kind}, median [Q1, Q3]"
+            head = "Data set" if kind == "dataset" else "Modality"
+            tables.append(Table(title, (head, "n", *(row.name for row in results.rows)), tuple(lines)))
+    return tables
+
+
+def seed_table(results: Results) -> Table | None:
+    """Mean DSC of each seed, where there are several: how much of a difference is the seed's."""
+    seeds = sorted({one.cell.seed for row in results.rows if row.tuned for one in row.results})
+    if len(seeds) < 2:
+        return None
+    lines = []
+    for row in results.rows:
+        by_seed = {one.cell.seed: _mean(one) for one in row.results} if row.tuned else {}
+        lines.append((row.name, *(by_seed.get(seed, UNKNOWN) for seed in seeds)))
+    return Table("Mean DSC of each seed", ("Cell", *(f"seed {seed}" for seed in seeds)), tuple(lines))
+
+
+def _mean(result: Result) -> str:
+    values = [one.dsc for one in result.scores]
+    return score(sum(values) / len(values)) if values else result.standing.state
+
+
+def jitter_table(results: Results) -> Table | None:
+    """Mean DSC with boxes that are off, over the seeds; nothing where no recipe asks for it."""
+    curves = {row.name: [one.jitter for one in row.finished if one.jitter] for row in results.rows}
+    shifts = sorted({shift for found in curves.values() for curve in found for shift in curve.shifts})
+    if not shifts:
+        return None
+    lines = []
+    for name, found in curves.items():
+        cells = []
+        for shift in shifts:
+            values = [curve.dsc[curve.shifts.index(shift)] for curve in found if shift in curve.shifts]
+            cells.append(score(sum(values) / len(values)) if values else UNKNOWN)
+        lines.append((name, *cells))
+    side = next(curve.side for found in curves.values() for curve in found)
+    title = f"Mean DSC when every side of the box is pushed outwards (inwards below 0) by pixels of {side}"
+    return Table(title, ("Cell", *(f"{shift:+g} px" if shift else "0 px" for shift in shifts)), tuple(lines))
+
+
+def all_tables(results: Results) -> list[Table]:
+    """Every table, the main one first."""
+    more = (seed_table(results), jitter_table(results))
+    return [main_table(results), *group_tables(results), *(one for one in more if one)]
+
+
+def missing(results: Results) -> list[str]:
+    """Cells without scores, each with why, in words."""
+    said = {"waiting": "not begun", "begun": "stopped on the way", "trained": "trained, not scored yet"}
+    found = []
+    for one in results.unfinished:
+        how = one.standing
+        reason = f"FAILED in {how.reason}" if how.state == "failed" else said.get(how.state, "has no targets")
+        found.append(f"{one.cell.title}: {reason}")
+    return found
+
+
+def notes(loaded: Loaded, results: Results) -> list[str]:
+    """What the tables mean, and what limits them."""
+    spec, seeds = loaded.spec, len(loaded.spec.seeds)
+    entry = next((one for one in results.entries if one.kind == "all"), None)
+    found = [f"Every cell: {spec.budget.describe()}, the same data in the same order for the same seed."]
+    found += _unmatched(results)
+    if entry:
+        where = counted(entry.volumes, "volume")
+        found.append(
+            f"Scores of {counted(entry.n, 'target')} from {where}; the targets of one volume are not "
+            "independent of each other, so that intervals and p-values are too confident where a volume has "
+            "many."
+        )
+    if seeds > 1:
+        found.append(
+            "A target's scores by several seeds are averaged first: the target is the unit, not the seed. "
+            "Cells are compared on the seeds that both have finished."
+        )
+    found.append(
+        f"{BETTER} better, {WORSE} worse than {results.reference}: two-sided Wilcoxon signed-rank test on the same "
+        f"targets, corrected by Holm over all tests of the same kind of group, p < {LEVEL}. Intervals: percentile "
+        "bootstrap of 10,000 resamples."
+    )
+    found.append(
+        "To keep: the parameters that learnt, in fp32. Checkpoint: the file from which a training goes on, with "
+        "the optimiser's state. Peak memory: "
+        + (
+            "tensors on the GPU."
+            if _on_gpu(results)
+            else "the whole training process, its libraries included, since it ran without a GPU."
+        )
+    )
+    return found
+
+
+def _unmatched(results: Results) -> list[str]:
+    """Cells whose data are others on purpose."""
+    by_name = {row.name: row.results[0].cell.unmatched for row in results.rows}
+    return [f"{name} differs in its data: {', '.join(parts)}." for name, parts in by_name.items() if parts]
+
+
+def hardware(results: Results) -> str:
+    """What the cells ran on."""
+    return ", ".join(dict.fromkeys(one.hardware for row in results.rows for one in row.finished if one.hardware))
+
+
+def write_markdown(path: Path, loaded: Loaded, results: Results) -> None:
+    """Write ``results.md``."""
+    parts = [f"# {loaded.name}", loaded.question]
+    if loaded.caveat:
+        parts.append(f"**Caveat.** {loaded.caveat}")
+    for one in all_tables(results):
+        parts += [f"## {one.title}", _markdown(one)]
+    lacking = missing(results)
+    if lacking:
+        parts += ["## Not finished", "\n".join(f"- {_pipes(line)}" for line in lacking)]
+    ran = hardware(results)
+    parts += ["## How to read this", "\n".join(f"- {line}" for line in notes(loaded, results))]
+    if ran:
+        parts.append(f"Ran on: {ran}.")
+    write_whole(path, "\n\n".join(part for part in parts if part) + "\n")
+
+
+def _markdown(table: Table) -> str:
+    rules = ["---" if place in table.words else "---:" for place in range(len(table.columns))]
+    lines = [table.columns, rules, *table.rows]
+    return "\n".join("| " + " | ".join(map(_pipes, line)) + " |" for line in lines)
+
+
+def _pipes(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")
+
+
+def write_latex(path: Path, loaded: Loaded, results: Results) -> None:
+    """Write ``results.tex``: the tables with booktabs, to be put into a paper as they are."""
+    lines = [f"% {loaded.name}: written by `trainer ablate`; needs \\usepackage{{booktabs}}"]
+    said = " ".join(notes(loaded, results))
+    for one in all_tables(results):
+        lines += [
+            *("\\begin{table}", "\\centering\\small", f"\\caption{{{_tex(one.title)}. {_tex(said)}}}"),
+            "\\begin{tabular}{" + "".join("l" if n in one.words else "r" for n in range(len(one.columns))) + "}",
+            *("\\toprule", _tex_line(one.columns), "\\midrule"),
+            *(_tex_line(row) for row in one.rows),
+            *("\\bottomrule", "\\end{tabular}", "\\end{table}", ""),
+        ]
+    write_whole(path, "\n".join(lines))
+
+
+def _tex_line(cells: Sequence[str]) -> str:
+    return " & ".join(map(_tex, cells)) + " \\\\"
+
+
+_TEX = {
+    "\\": "\\textbackslash{}",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "\u00a0": "~",
+    "−": "$-$",
+    "±": "$\\pm$",
+    "–": "--",
+    "<": "$<$",
+    ">": "$>$",
+    "↓": "$^{\\downarrow}$",
+    "*": "$^{*}$",
+}
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(sign, sign) for sign in text)
