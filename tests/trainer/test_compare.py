@@ -252,7 +252,7 @@ def test_everything_is_written(scored, tmp_path, capsys):
     content = json.loads((out / "comparison.json").read_text())
     assert content["columns"]["tuned"] == str(scored["tuned"] / "per_case.csv")
     assert len(content["tables"][0]["lines"][0]["tests"]) == 3
-    assert content["tables"][0]["tests"] == text.count("all 42 tests") * 42
+    assert content["tables"][0]["tests"] == text.count("the 42 tests") * 42
 
 
 def test_latex_has_booktabs_and_escapes(tmp_path):

@@ -305,7 +305,7 @@ def test_help_answers_at_once_and_teaches():
         assert word in result.stdout
 
 
-@pytest.mark.parametrize("command", ["plan", "fit", "validate", "test", "predict", "export", "report"])
+@pytest.mark.parametrize("command", ["plan", "fit", "validate", "test", "predict", "compare", "export", "report"])
 def test_every_command_has_help(command, trainer_command):
     code, out, err = trainer_command(command, "--help")
     assert (code, err) == (0, "")

@@ -212,7 +212,7 @@ def _tested(table: Table) -> list[str]:
     if not table.tests:
         return ["No test: there is no pair of objects that differ."]
     against = f"* better than {table.reference}; " if table.reference else ""
-    tests = f"all {table.tests} tests" if table.tests > 1 else "the one test"
+    tests = f"the {table.tests} tests" if table.tests > 1 else "the one test"
     parts = [
         f"{against}† better than every other column: two-sided paired Wilcoxon signed-rank test, p < {ALPHA} after "
         f"Holm's correction for {tests} of this table (each pair of columns in each row of each score). "
