@@ -51,6 +51,8 @@ class TripletDataModule(LightningDataModule):
         sampling: How often each modality or data set is seen in training; each sample once if null.
         kinds: Which targets are used: ``semantic`` (all of a term in one mask), ``instance``, or ``all``.
         only_with_targets: Train on the samples that have a target of these kinds, and leave out the others.
+        train_samples: Train on so many samples alone, drawn at random, for every seed the same ones: those of a
+            smaller number are among those of a larger one. Null takes all.
         negatives_per_image: Terms drawn from those that were looked for in a training image and are not there.
         hard_negatives: Draw first from those of these terms that other images of the same modality have, so that only
             the image itself tells; then from the rest.
@@ -80,6 +82,7 @@ class TripletDataModule(LightningDataModule):
         sampling: Sampling | None = None,
         kinds: Kinds = "all",
         only_with_targets: bool = False,
+        train_samples: int | None = None,
         negatives_per_image: int = 0,
         hard_negatives: bool = False,
         evaluated_negatives: int = 0,
@@ -96,6 +99,8 @@ class TripletDataModule(LightningDataModule):
             raise UserError(f"batch_size {batch_size} and micro_batch_size {micro_batch_size} must be 1 or more")
         if targets_per_image is not None and targets_per_image < 1:
             raise UserError(f"targets_per_image {targets_per_image}: 1 or more, or null for all")
+        if train_samples is not None and train_samples < 1:
+            raise UserError(f"train_samples {train_samples}: 1 or more, or null for all")
         if num_workers < 0:
             raise UserError(f"num_workers {num_workers}: 0 or more")
         if negatives_per_image < 0 or clip_length < 1 or clip_step < 1:
@@ -115,6 +120,7 @@ class TripletDataModule(LightningDataModule):
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.targets_per_image, self.num_workers, self.seed = targets_per_image, num_workers, run_seed(seed)
         self.sampling, self.kinds, self.only_with_targets = sampling, kinds, only_with_targets
+        self.train_samples = train_samples
         self.negatives_per_image, self.clip_length, self.clip_step = negatives_per_image, clip_length, clip_step
         self.clip_anchor: Anchor = clip_anchor
         self.hard_negatives, self.evaluated_negatives = hard_negatives, evaluated_negatives
@@ -249,6 +255,9 @@ class TripletDataModule(LightningDataModule):
         """Name what the recipe leaves out of a training: nothing is skipped in silence."""
         total, used = len(self.shards["train"]), self._train_order().positions
         if used is not None and len(used) < total and self._rank()[0] == 0:
+            if self.train_samples is not None:
+                print(f"data.init_args.train: {len(used):,} of {total:,} samples are trained on", file=sys.stderr)
+                return
             why = "do not begin a whole clip" if self.clip_length > 1 else f"have no target of kind '{self.kinds}'"
             counts = f"{total - len(used):,} of {total:,} samples"
             print(f"data.init_args.train: {counts} {why}: they are left out", file=sys.stderr)
@@ -270,7 +279,7 @@ class TripletDataModule(LightningDataModule):
     def _train_order(self) -> EpochOrder:
         index = self.shards["train"].index
         if self._order is None or self._order[0] is not index:
-            self._order = (index, make_order(index, self._eligible(), self.sampling, self.batch_size))
+            self._order = (index, make_order(index, self._drawn(self._eligible()), self.sampling, self.batch_size))
         return self._order[1]
 
     def _eligible(self) -> np.ndarray | None:
@@ -286,6 +295,20 @@ class TripletDataModule(LightningDataModule):
         if not chosen.any():
             raise UserError(f"data.init_args.train: {self.folders['train']} has no {what}{self._too_short(index)}")
         return None if chosen.all() else chosen
+
+    def _drawn(self, chosen: np.ndarray | None) -> np.ndarray | None:
+        """So many of the samples that are trained on as were asked for: (N,) bool; None for all."""
+        count = len(self.shards["train"].index)
+        places = np.arange(count) if chosen is None else np.flatnonzero(chosen)
+        if self.train_samples is None or self.train_samples == len(places):
+            return chosen
+        if self.train_samples > len(places):
+            raise UserError(
+                f"train_samples {self.train_samples:,}: {self.folders['train']} has {len(places):,} to draw from"
+            )
+        drawn = np.zeros(count, bool)
+        drawn[places[np.random.default_rng(0).permutation(len(places))[: self.train_samples]]] = True
+        return drawn
 
     def _open(self, split: str, folder: str) -> ShardDataset:
         """Open a split; where damage is skipped, shards that are missing are only named."""

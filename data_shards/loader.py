@@ -191,5 +191,5 @@ def check_state(state: Mapping[str, Any], data_hash: str, seed: int, order: str)
     if state.get("order", "") != order:
         raise UserError(
             "cannot resume: the samples were chosen or weighted in another way; set data.init_args (sampling, kinds, "
-            "only_with_targets, clip_length, clip_step, batch_size) back"
+            "only_with_targets, train_samples, clip_length, clip_step, batch_size) back"
         )

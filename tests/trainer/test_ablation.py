@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ import pytest
 import yaml
 from scipy.stats import wilcoxon
 
+from data_shards.datamodule import TripletDataModule
 from data_shards.errors import UserError
-from tests.conftest import tiny_content
+from tests.conftest import REPOSITORY, tiny_content
 from trainer.ablation.cells import Cell, choose, expand, write_recipes
+from trainer.ablation.cluster import jobs
 from trainer.ablation.results import collect
 from trainer.ablation.running import run_cells, standing
 from trainer.ablation.spec import load_ablation
+from trainer.launch import slurm
 from trainer.run import STOPPED, write_json
 from trainer.scores import CaseScore, write_scores
 
+SPECS = sorted((REPOSITORY / "recipes/ablations").glob("*.yaml"))
 CELLS = {
     "full": None,
     "lora": {"overrides": {"model": {"init_args": {"tuning": {"class_path": "trainer.tuning.LoRATuning"}}}}},
@@ -29,20 +34,42 @@ CELLS = {
 }
 
 
+@pytest.fixture(scope="module")
+def expanded_once(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Cell]]:
+    """The cells of the spec as it is without changes, and the folder that they are in."""
+    folder = tmp_path_factory.mktemp("expanded")
+    return folder / "out", expanded(_write(folder, tiny_shards, {}), folder / "out")
+
+
+@pytest.fixture
+def cells(expanded_once: tuple[Path, list[Cell]], tmp_path: Path) -> list[Cell]:
+    """The same in a folder of this test, written."""
+    there, once = expanded_once
+    here = tmp_path / "out"
+    moved = []
+    for cell in once:
+        root, path = here / cell.root.relative_to(there), here / cell.path.relative_to(there)
+        text = cell.text.replace(str(there), str(here))
+        moved.append(replace(cell, root=root, path=path, text=text, recipe=yaml.safe_load(text)))
+    write_recipes(moved)
+    return moved
+
+
 @pytest.fixture
 def write_spec(tiny_shards: Path, tmp_path: Path) -> Callable[..., Path]:
     """Write a spec on the tiny recipe; keys change it, None takes one out."""
 
-    def write(**keys: Any) -> Path:
-        base = tmp_path / "base.yaml"
-        base.write_text("# Does it run?\n" + yaml.safe_dump(tiny_content(tiny_shards, tmp_path / "elsewhere")))
-        spec = {"base": str(base), "budget": {"steps": 3}, "seeds": [0, 1], "cells": CELLS, **keys}
-        path = tmp_path / "tiny.yaml"
-        content = yaml.safe_dump({name: value for name, value in spec.items() if value is not None}, sort_keys=False)
-        path.write_text("# Does LoRA match full fine-tuning?\n# Caveat: of a disc in noise.\n" + content)
-        return path
+    return lambda **keys: _write(tmp_path, tiny_shards, keys)
 
-    return write
+
+def _write(folder: Path, shards: Path, keys: dict[str, Any]) -> Path:
+    base = folder / "base.yaml"
+    base.write_text("# Does it run?\n" + yaml.safe_dump(tiny_content(shards, folder / "elsewhere")))
+    spec = {"base": str(base), "budget": {"steps": 3}, "seeds": [0, 1], "cells": CELLS, **keys}
+    path = folder / "tiny.yaml"
+    content = yaml.safe_dump({name: value for name, value in spec.items() if value is not None}, sort_keys=False)
+    path.write_text("# Does LoRA match full fine-tuning?\n# Caveat: of a disc in noise.\n" + content)
+    return path
 
 
 def expanded(spec: Path, out: Path) -> list[Cell]:
@@ -78,7 +105,8 @@ class Fake:
         name = "tuned" if cell.tuned else "untouched"
         assert ("--ckpt_path" in words) == cell.tuned
         write_scores(cell.run.evaluation(name) / "per_case.csv", self.table(cell))
-        write_json(cell.run.evaluation(name) / "evaluation.json", {"step": cell.steps or 7 if cell.tuned else 0})
+        found = {"step": (cell.steps or 7) if cell.tuned else 0, "checkpoint": "last.ckpt" if cell.tuned else None}
+        write_json(cell.run.evaluation(name) / "evaluation.json", found)
         return 0
 
     def checkpoint(self, cell: Cell, step: int) -> None:
@@ -97,10 +125,8 @@ class Fake:
         ]
 
 
-def test_every_cell_is_a_full_recipe_before_anything_runs(write_spec, tmp_path):
-    cells = expanded(write_spec(), tmp_path / "out")
+def test_every_cell_is_a_full_recipe_before_anything_runs(cells):
     assert [cell.key for cell in cells] == ["full/0", "lora/0", "untouched", "full/1", "lora/1"]
-    write_recipes(cells)
     for cell in cells:
         recipe = yaml.safe_load(cell.path.read_text())
         assert recipe["seed_everything"] == cell.seed
@@ -164,9 +190,7 @@ def test_mistakes_are_one_line_that_names_the_spec(write_spec, tmp_path, keys, s
     assert not (tmp_path / "out").exists()
 
 
-def test_cells_are_run_once_and_go_on(write_spec, tmp_path):
-    cells = expanded(write_spec(), tmp_path / "out")
-    write_recipes(cells)
+def test_cells_are_run_once_and_go_on(cells):
     fake, lines = Fake(), []
     fake.stopping["lora/0"] = signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
@@ -186,9 +210,7 @@ def test_cells_are_run_once_and_go_on(write_spec, tmp_path):
     assert len(fake.calls) == len(before) + len(rest), "nothing is done twice"
 
 
-def test_sigterm_ends_with_its_code(write_spec, tmp_path):
-    cells = expanded(write_spec(), tmp_path / "out")
-    write_recipes(cells)
+def test_sigterm_ends_with_its_code(cells):
     fake = Fake()
     fake.stopping["full/0"] = signal.SIGTERM
     with pytest.raises(SystemExit) as stopped:
@@ -197,9 +219,7 @@ def test_sigterm_ends_with_its_code(write_spec, tmp_path):
     assert fake.calls == [("full/0", "fit")]
 
 
-def test_a_cell_that_is_trained_and_not_scored_is_scored(write_spec, tmp_path):
-    cells = expanded(write_spec(), tmp_path / "out")
-    write_recipes(cells)
+def test_a_cell_that_is_trained_and_not_scored_is_scored(cells):
     Fake()(cells[0], ["fit", "-c", str(cells[0].path), "--ckpt_path", "last"])
     assert standing(cells[0]).state == "trained"
     fake = Fake()
@@ -207,17 +227,13 @@ def test_a_cell_that_is_trained_and_not_scored_is_scored(write_spec, tmp_path):
     assert fake.calls == [("full/0", "test")]
 
 
-def test_scores_of_an_earlier_step_do_not_count(write_spec, tmp_path):
-    cells = expanded(write_spec(), tmp_path / "out")
-    write_recipes(cells)
+def test_scores_of_an_earlier_step_do_not_count(cells):
     run_cells(cells[:1], Fake(), print)
-    write_json(cells[0].run.evaluation("tuned") / "evaluation.json", {"step": 1})
+    write_json(cells[0].run.evaluation("tuned") / "evaluation.json", {"step": 1, "checkpoint": "last.ckpt"})
     assert standing(cells[0]).state == "trained"
 
 
-def test_a_failed_cell_is_said_with_its_reason_and_the_rest_stands(write_spec, tmp_path):
-    cells = expanded(write_spec(), tmp_path / "out")
-    write_recipes(cells)
+def test_a_failed_cell_is_said_with_its_reason_and_the_rest_stands(cells):
     fake, lines = Fake(), []
     fake.failing["lora/0"] = "out of memory: lower micro_batch_size"
     assert run_cells(cells, fake, lines.append) == 1
@@ -232,26 +248,25 @@ def test_a_failed_cell_is_said_with_its_reason_and_the_rest_stands(write_spec, t
     assert not collect(cells, "full").unfinished
 
 
-def test_what_another_recipe_made_is_not_taken(write_spec, tmp_path):
-    cells = expanded(write_spec(), tmp_path / "out")
-    write_recipes(cells)
+def test_what_another_recipe_made_is_not_taken(cells):
     run_cells(cells[:1], Fake(), print)
-    write_recipes(expanded(write_spec(), tmp_path / "out"))  # the same again
+    write_recipes(cells)  # the same again
+    changed = [
+        replace(cell, recipe=yaml.safe_load(cell.text.replace("max_steps: 3", "max_steps: 5"))) for cell in cells
+    ]
     with pytest.raises(UserError, match=r"full, seed 0 was made with trainer\.max_steps 3, and the spec now says 5"):
-        write_recipes(expanded(write_spec(budget={"steps": 5}), tmp_path / "out"))
+        write_recipes(changed)
+    write_recipes(changed[1:])  # of those nothing was made yet
 
 
-def test_cells_are_chosen_by_name_and_seed(write_spec, tmp_path):
-    cells = expanded(write_spec(), tmp_path / "out")
+def test_cells_are_chosen_by_name_and_seed(cells):
     assert [cell.key for cell in choose(cells, ["lora", "full/1"])] == ["lora/0", "full/1", "lora/1"]
     with pytest.raises(UserError, match=r"--only lara: there is no such cell; did you mean 'lora'"):
         choose(cells, ["lara"])
 
 
-def test_figures_are_those_of_the_scores(write_spec, tmp_path):
+def test_figures_are_those_of_the_scores(cells):
     """Recomputed with NumPy and SciPy from the scores themselves."""
-    cells = expanded(write_spec(), tmp_path / "out")
-    write_recipes(cells)
     fake = Fake(full=0.7, lora=0.75, untouched=0.3)
     run_cells(cells, fake, print)
     results = collect(cells, "full")
@@ -305,7 +320,73 @@ def test_the_command_writes_every_table(write_spec, tmp_path, trainer_command, m
     assert len(fake.calls) == calls, "--report runs nothing"
 
 
-def test_a_real_ablation_runs_and_goes_on_after_sigkill(write_spec, tmp_path, trainer_command):
+@pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)
+def test_recipes_of_ablations_expand(spec, tiny_shards, tmp_path, monkeypatch):
+    """By the real parser, with the data of somebody: every cell is made, and something learns."""
+    monkeypatch.chdir(REPOSITORY)
+    folders = {
+        split: str(tiny_shards / name) for split, name in (("train", "train"), ("val", "test"), ("test", "test"))
+    }
+    data = tmp_path / "data.yaml"
+    data.write_text(yaml.safe_dump({"data": {"init_args": folders}}))
+    loaded = load_ablation(spec)
+    assert loaded.question.endswith(("?", "."))
+    assert f"Launch: trainer ablate recipes/ablations/{spec.name}" in loaded.text
+    cells = expand(loaded, tmp_path / "out", [str(data)])
+    assert len(cells) >= 8
+    assert all((cell.learning > 0) == cell.tuned for cell in cells)
+    assert all(cell.recipe["data"]["init_args"]["train"] == folders["train"] for cell in cells)
+    different = {yaml.safe_dump({**cell.recipe, "trainer": None}) for cell in cells}
+    tuned = [cell for cell in cells if cell.tuned]
+    assert len(different) >= len(tuned), "no two cells are the same"
+
+
+def test_smaller_sets_lie_in_larger_ones(tiny_shards):
+    def order(count: int | None, seed: int = 0) -> set[int]:
+        data = TripletDataModule(train=str(tiny_shards / "train"), batch_size=1, seed=seed, train_samples=count)
+        data.setup("fit")
+        return set(data._train_order()(seed, 0)[0].tolist())
+
+    assert len(order(4)) == 4
+    assert order(4) < order(7) < order(None)
+    assert order(4) == order(4, seed=3), "the same images for every seed"
+    with pytest.raises(UserError, match=r"train_samples 99: .* has 12 to draw from"):
+        order(99)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Path:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("trainer: {devices: 2, accelerator: cpu}\ncluster: {kind: slurm, gpu: null, hours: 1}\n")
+    return path
+
+
+def test_cells_become_arrays(write_spec, cluster, tmp_path):
+    """One array trains, and each task of the other scores what the task of its number has trained."""
+    loaded, out = load_ablation(write_spec()), tmp_path / "out"
+    cells = expand(loaded, out, [str(cluster)])
+    write_recipes(cells)
+    ((fit, score), (rest,)) = jobs(cells, loaded, str(cluster))
+    trained = [cell for cell in cells if cell.tuned]
+    assert [task.root for task in fit.tasks] == [cell.root.absolute() for cell in trained]
+    assert [task.arguments[2] for task in score.tasks] == [str(cell.path) for cell in trained]
+    assert all("--ckpt_path" in task.arguments for task in score.tasks)
+    assert "#SBATCH --dependency=aftercorr:77" in slurm.script(score, after="77")
+    assert "#SBATCH --array=1-4" in slurm.script(fit)
+    assert [task.arguments[:2] for task in rest.tasks] == [("test", "-c")]
+    run_cells(trained[:1], Fake(), print)
+    assert len(jobs(cells, loaded, str(cluster))[0][0].tasks) == 3, "what is finished is not submitted again"
+
+
+@pytest.mark.parametrize("kind", ["local", "kubernetes"])
+def test_arrays_need_slurm(write_spec, cluster, tmp_path, kind):
+    given = "kind: kubernetes, image: x, volumes: []" if kind == "kubernetes" else "kind: local"
+    cluster.write_text(f"cluster: {{{given}}}\n")
+    with pytest.raises(UserError, match=r"leave --cluster out|no arrays|volumes|image"):
+        jobs([], load_ablation(write_spec()), str(cluster))
+
+
+def test_a_real_ablation_runs(write_spec, tmp_path, trainer_command):
     """Two cells with real processes: trained, scored, and compared; the second time nothing is left to do."""
     cells = {"full": None, "lora": CELLS["lora"]}
     spec, out = write_spec(cells=cells, seeds=[0], budget={"steps": 2}), tmp_path / "out"

@@ -15,8 +15,9 @@ from trainer.lightning_cli import RecipeCLI
 from trainer.recipe import check_recipe, dotted_keys
 
 REPOSITORY = Path(__file__).parents[2]
-# evaluation protocols have keys of their own: test_evaluation_protocol.py reads them
-RECIPES = sorted(path for path in (REPOSITORY / "recipes").rglob("*.yaml") if path.parent.name != "evaluation")
+# evaluation protocols and ablations have keys of their own: test_evaluation_protocol.py and test_ablation.py read them
+OTHERS = ("evaluation", "ablations")
+RECIPES = sorted(path for path in (REPOSITORY / "recipes").rglob("*.yaml") if path.parent.name not in OTHERS)
 OVERLAYS = [path for path in RECIPES if path.parent.name in ("overlays", "clusters")]
 WHOLE = [path for path in RECIPES if path not in OVERLAYS]
 

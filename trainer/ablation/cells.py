@@ -221,8 +221,9 @@ def _refuse_budget(overrides: dict[str, Any], where: str) -> None:
         "data.init_args.seed": "seeds",
     }
     for key in flat(overrides):
-        if key in fixed and overrides:
-            raise UserError(f"{where}: {key} is the same for every cell: the key '{fixed[key]}' sets it")
+        for name, own in fixed.items():
+            if f"{key}.".startswith(f"{name}."):  # max_time may be a mapping of hours and minutes
+                raise UserError(f"{where}: {name} is the same for every cell: the key '{own}' sets it")
 
 
 def _budget(budget: Budget) -> dict[str, Any]:

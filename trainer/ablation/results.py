@@ -67,9 +67,9 @@ def read_result(cell: Cell) -> Result:
     """
     how, run = standing(cell), cell.run
     result = Result(cell, how, parameters=cell.parameters, learning=cell.learning)
-    if how.state != "finished":
-        return result
     folder, record = evaluation(cell), read_record(run.record)
+    if how.state != "finished" or folder is None:
+        return result
     result = replace(
         result,
         scores=read_scores(folder / "per_case.csv"),

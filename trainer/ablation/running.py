@@ -27,8 +27,6 @@ State = Literal["finished", "trained", "begun", "failed", "waiting"]
 """Trained and scored; trained; stopped on the way; ended by an error; not begun."""
 Start = Callable[[Cell, Sequence[str]], int]
 """Runs ``trainer`` with some words for a cell, and returns the exit code."""
-UNTOUCHED, TUNED = "untouched", "tuned"
-"""The evaluations of a run."""
 _TOLD = re.compile(r"^trainer: (?:error: )?(.+)$")
 
 
@@ -52,7 +50,7 @@ def standing(cell: Cell) -> Standing:
     noted = _noted(cell)
     if "failed" in noted:
         return Standing("failed", f"{noted.get('stage', 'it')}: {noted['failed']}")
-    if is_trained(cell):
+    if cell.tuned and is_trained(cell):
         return Standing("trained")
     return Standing("begun" if cell.run.newest_checkpoint() else "waiting")
 
@@ -66,18 +64,20 @@ def is_trained(cell: Cell) -> bool:
     return cell.steps is None or last_step(str(cell.root)) == cell.steps
 
 
-def evaluation(cell: Cell) -> Path:
-    """Folder of the evaluation that counts."""
-    return cell.run.evaluation(TUNED if cell.tuned else UNTOUCHED)
+def evaluation(cell: Cell) -> Path | None:
+    """Folder of the evaluation of its last checkpoint, or of the untouched weights, whatever its recipe calls it."""
+    last = last_step(str(cell.root)) if cell.tuned else 0
+    for path in sorted(cell.run.evaluation("").glob("*/per_case.csv")):
+        record = read_record(path.parent / "evaluation.json")
+        scored = record.get("step") == last and bool(record.get("checkpoint")) == cell.tuned
+        if scored and not path.parent.name.endswith("-partial"):
+            return path.parent
+    return None
 
 
 def is_scored(cell: Cell) -> bool:
-    """Whether its last checkpoint was scored."""
-    folder = evaluation(cell)
-    if not is_trained(cell) or not (folder / "per_case.csv").is_file():
-        return False
-    step = read_record(folder / "evaluation.json").get("step")
-    return not cell.tuned or step == last_step(str(cell.root))
+    """Whether it is trained to its end and scored there."""
+    return is_trained(cell) and evaluation(cell) is not None
 
 
 def stages(cell: Cell) -> list[tuple[str, list[str]]]:

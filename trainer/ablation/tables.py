@@ -73,8 +73,12 @@ def difference(entry: Entry | None, reference: str) -> tuple[str, str]:
         return ("reference" if entry else UNKNOWN), UNKNOWN
     if entry.difference is None:
         return UNKNOWN, UNKNOWN
-    ends = f" ({signed(entry.difference_low)} to {signed(entry.difference_high)})" if entry.difference_low else ""
-    return signed(entry.difference) + ends, _p(entry.p_holm)
+    ends = (
+        None
+        if entry.difference_low is None
+        else f" ({signed(entry.difference_low)} to {signed(entry.difference_high)})"
+    )
+    return signed(entry.difference) + (ends or ""), _p(entry.p_holm)
 
 
 def main_table(results: Results) -> Table:
@@ -265,9 +269,10 @@ def write_latex(path: Path, loaded: Loaded, results: Results) -> None:
     """Write ``results.tex``: the tables with booktabs, to be put into a paper as they are."""
     lines = [f"% {loaded.name}: written by `trainer ablate`; needs \\usepackage{{booktabs}}"]
     said = " ".join(notes(loaded, results))
-    for one in all_tables(results):
+    for number, one in enumerate(all_tables(results)):
+        caption = _tex(f"{one.title}. {said}" if number == 0 else f"{one.title}.")
         lines += [
-            *("\\begin{table}", "\\centering\\small", f"\\caption{{{_tex(one.title)}. {_tex(said)}}}"),
+            *("\\begin{table}", "\\centering\\small", f"\\caption{{{caption}}}"),
             "\\begin{tabular}{" + "".join("l" if n in one.words else "r" for n in range(len(one.columns))) + "}",
             *("\\toprule", _tex_line(one.columns), "\\midrule"),
             *(_tex_line(row) for row in one.rows),

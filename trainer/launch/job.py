@@ -44,6 +44,7 @@ class Job:
         directory: Where relative paths begin.
         on_gpus: Whether GPUs are asked for.
         keep: Whether a stop is told by SIGUSR1 and the trainer's checkpoint tells what was done (a training).
+        each: Whether a task waits for the task of its own number in the job before, not for all of that job's.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Job:
     directory: Path
     on_gpus: bool
     keep: bool = True
+    each: bool = False
 
     @property
     def folder(self) -> Path:

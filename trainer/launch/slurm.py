@@ -63,7 +63,9 @@ def _directives(job: Job, after: str | None) -> list[str]:
         "partition": cluster.partition,
         "account": cluster.account,
         "array": f"1-{len(job.tasks)}" if len(job.tasks) > 1 else None,
-        "dependency": None if after is None else f"afterok:{after}",
+        "dependency": None
+        if after is None
+        else f"{'aftercorr' if job.each and len(job.tasks) > 1 else 'afterok'}:{after}",
         "kill-on-invalid-dep": None if after is None else "yes",
         "requeue" if cluster.requeue else "no-requeue": True,
         # without B: to the job's processes, not to this script
