@@ -169,17 +169,18 @@ def test_what_is_not_the_runs_does_not_pass(run, family, change, what, tmp_path,
     assert what in refused(run(family), "transformers", tmp_path / "out", trainer_command)
 
 
-def test_weights_in_bf16_are_compared_as_they_were_rounded(run, tmp_path, trainer_command):
+@pytest.mark.parametrize(("dtype", "stored"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_weights_in_half_the_bits_are_compared_as_they_were_rounded(run, tmp_path, trainer_command, dtype, stored):
     copy, out = run("sam"), tmp_path / "out"
-    options = ("--out", out, "--samples", 1, "--dtype", "bf16")
+    options = ("--out", out, "--samples", 1, "--dtype", dtype)
     code, _, err = trainer_command("export", copy, "--to", "transformers", *options)
     assert (code, err) == (0, "")
-    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
-    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {stored}
+    assert json.loads((out / "config.json").read_text())["dtype"] == str(stored).removeprefix("torch.")
     record = json.loads((out / "export.json").read_text())
-    assert record["verified"] is True and record["dtype"] == "bf16"
+    assert record["verified"] is True and record["dtype"] == dtype
     assert any("dtype=torch.float32" in note for note in record["notes"])
-    assert loaded("AutoModel", out).dtype == torch.bfloat16  # which is why the note says how to load it
+    assert loaded("AutoModel", out).dtype == stored  # which is why the note says how to load it
 
 
 def test_one_matrix_is_written_once(run, tmp_path, trainer_command):
