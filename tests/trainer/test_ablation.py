@@ -363,7 +363,7 @@ def cluster(tmp_path: Path) -> Path:
 
 def test_cells_become_arrays(write_spec, cluster, tmp_path):
     """One array trains, and each task of the other scores what the task of its number has trained."""
-    loaded, out = load_ablation(write_spec()), tmp_path / "out"
+    loaded, out = load_ablation(write_spec(seeds=[0])), tmp_path / "out"
     cells = expand(loaded, out, [str(cluster)])
     write_recipes(cells)
     ((fit, score), (rest,)) = jobs(cells, loaded, str(cluster))
@@ -372,10 +372,10 @@ def test_cells_become_arrays(write_spec, cluster, tmp_path):
     assert [task.arguments[2] for task in score.tasks] == [str(cell.path) for cell in trained]
     assert all("--ckpt_path" in task.arguments for task in score.tasks)
     assert "#SBATCH --dependency=aftercorr:77" in slurm.script(score, after="77")
-    assert "#SBATCH --array=1-4" in slurm.script(fit)
+    assert "#SBATCH --array=1-2" in slurm.script(fit)
     assert [task.arguments[:2] for task in rest.tasks] == [("test", "-c")]
-    run_cells(trained[:1], Fake(), print)
-    assert len(jobs(cells, loaded, str(cluster))[0][0].tasks) == 3, "what is finished is not submitted again"
+    run_cells(cells, Fake(), print)
+    assert jobs(cells, loaded, str(cluster)) == [], "what is finished is not submitted again"
 
 
 @pytest.mark.parametrize("kind", ["local", "kubernetes"])
