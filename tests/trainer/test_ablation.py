@@ -173,7 +173,10 @@ def test_hours_are_divided_by_devices(write_spec, tmp_path):
             {"cells": {"a": {"overrides": {"trainer": {"max_steps": 9}}}}},
             "trainer.max_steps is the same for every cell",
         ),
-        ({"cells": {"a": {"overrides": {"modle": {"lr": 1}}}}}, "cells.a.overrides: unknown key 'modle'"),
+        (
+            {"cells": {"a": {"overrides": {"modle": {"lr": 1}}}}},
+            "cells.a.overrides: unknown key 'modle.lr'; did you mean 'model'",
+        ),
         ({"cells": {"a": {"overlays": ["none.yaml"]}}}, "recipe none.yaml: cannot be read"),
         ({"overrides": {"data": {"init_args": {"test": "nowhere"}}}}, "there is no folder nowhere"),
         (
