@@ -21,10 +21,11 @@ Fine-tune segmentation foundation models for medicine.
   predict      write masks                    trainer predict -c RECIPE --ckpt_path last
                of a whole volume              trainer predict --volume IMAGE --run RUN --box x0,y0,x1,y1 --out FILE
                of a folder of images          trainer predict --folder IMAGES --run RUN --prompts CSV --out FOLDER
-  evaluate     compare models on cases        trainer evaluate PROTOCOL.yaml
+  evaluate     compare models on cases        trainer evaluate RUN --data data/mine/test --out FOLDER
+               as a protocol says             trainer evaluate recipes/evaluation/tiny.yaml
                score one on a volume          trainer evaluate --volume IMAGE --truth LABELS --run RUN --out FOLDER
   compare      the papers' tables of scores   trainer compare SAM=RUN/evaluation/untouched tuned=RUN
-  ablate       answer a question by cells      trainer ablate recipes/ablations/peft_vs_full.yaml
+  ablate       answer a question by cells     trainer ablate recipes/ablations/peft_vs_full.yaml
   export       write weights for other tools  trainer export RUN --to litemedsam --out FILE
   consolidate  make one file of a checkpoint  trainer consolidate RUN [--out FILE]
   report       write the run's report.html    trainer report RUN
