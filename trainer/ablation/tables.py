@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.errors import counted
 from trainer.ablation.results import KINDS, METRICS, Entry, Result, Results, Row, costs
 from trainer.ablation.spec import Loaded
+from trainer.report.latex import escaped, latex_line
 from trainer.report.markup import UNKNOWN, duration, score, signed
 from trainer.run import write_whole
 
@@ -101,18 +101,16 @@ def main_table(results: Results) -> Table:
 
 def cost_cells(row: Row) -> tuple[str, ...]:
     """What a cell costs, in words."""
-    known = costs(row)
+    known = {name: value for name, value in costs(row).items() if isinstance(value, int | float)}
     share, memory, rate, seconds = (
-        row.results[-1].learning / row.results[-1].parameters if row.results[-1].parameters else None,
-        *(row.mean_of(name) for name in ("memory_gib", "images_per_second", "fit_seconds")),
+        known.get(name) for name in ("learning_share", "peak_memory_gib", "images_per_second", "fit_seconds")
     )
-    kept = known["learning_bytes"]
-    checkpoint = row.mean_of("checkpoint_bytes")
+    kept, checkpoint = known["learning_bytes"], known.get("checkpoint_bytes")
     return (
         count(row.results[-1].learning),
         UNKNOWN if share is None else f"{100 * share:.2f}",
-        size(kept) if isinstance(kept, int) and kept else "nothing",
-        size(None if checkpoint is None else round(checkpoint)),
+        size(int(kept)) if kept else "nothing",
+        size(None if checkpoint is None else int(checkpoint)),
         UNKNOWN if memory is None else f"{memory:.2f} GiB",
         UNKNOWN if rate is None else f"{rate:.3g}",
         UNKNOWN if seconds is None else duration(seconds),
@@ -270,36 +268,12 @@ def write_latex(path: Path, loaded: Loaded, results: Results) -> None:
     lines = [f"% {loaded.name}: written by `trainer ablate`; needs \\usepackage{{booktabs}}"]
     said = " ".join(notes(loaded, results))
     for number, one in enumerate(all_tables(results)):
-        caption = _tex(f"{one.title}. {said}" if number == 0 else f"{one.title}.")
+        caption = escaped(f"{one.title}. {said}" if number == 0 else f"{one.title}.")
         lines += [
             *("\\begin{table}", "\\centering\\small", f"\\caption{{{caption}}}"),
             "\\begin{tabular}{" + "".join("l" if n in one.words else "r" for n in range(len(one.columns))) + "}",
-            *("\\toprule", _tex_line(one.columns), "\\midrule"),
-            *(_tex_line(row) for row in one.rows),
+            *("\\toprule", latex_line(one.columns), "\\midrule"),
+            *(latex_line(row) for row in one.rows),
             *("\\bottomrule", "\\end{tabular}", "\\end{table}", ""),
         ]
     write_whole(path, "\n".join(lines))
-
-
-def _tex_line(cells: Sequence[str]) -> str:
-    return " & ".join(map(_tex, cells)) + " \\\\"
-
-
-_TEX = {
-    "\\": "\\textbackslash{}",
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    "\u00a0": "~",
-    "−": "$-$",
-    "±": "$\\pm$",
-    "–": "--",
-    "<": "$<$",
-    ">": "$>$",
-    "↓": "$^{\\downarrow}$",
-    "*": "$^{*}$",
-}
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(sign, sign) for sign in text)

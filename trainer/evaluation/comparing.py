@@ -5,7 +5,7 @@ Shapes: N objects, or volumes where those are counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -154,14 +154,20 @@ def _check_truth(aligned: dict[str, list[Answer]]) -> None:
     Raises:
         UserError: Term, size or slices of an object differ.
     """
+    for first, one, name, other in _beside_the_first(aligned):
+        if one.truth != other.truth:
+            raise UserError(
+                f"not the same cases: target {one.target} of {one.case} is {one.truth} in {first}, and "
+                f"{other.truth} in {name}; score both on the same shards"
+            )
+
+
+def _beside_the_first(aligned: dict[str, list[Answer]]) -> Iterator[tuple[str, Answer, str, Answer]]:
+    """Each answer of the first column beside those of the others: both names, both answers."""
     (first, theirs), *others = aligned.items()
     for name, mine in others:
         for one, other in zip(theirs, mine, strict=True):
-            if one.truth != other.truth:
-                raise UserError(
-                    f"not the same cases: target {one.target} of {one.case} is {one.truth} in {first}, and "
-                    f"{other.truth} in {name}; score both on the same shards"
-                )
+            yield first, one, name, other
 
 
 def _table(
@@ -226,14 +232,12 @@ def _lines(
 
 
 def _check_tolerances(aligned: dict[str, list[Answer]]) -> None:
-    (first, theirs), *others = aligned.items()
-    for name, mine in others:
-        for one, other in zip(theirs, mine, strict=True):
-            if one.tolerance != other.tolerance:
-                raise UserError(
-                    f"NSD of {first} forgives {one.tolerance or 'an unknown distance'}, that of {name} "
-                    f"{other.tolerance or 'an unknown distance'}: score both alike, or leave it out: --metric dsc"
-                )
+    for first, one, name, other in _beside_the_first(aligned):
+        if one.tolerance != other.tolerance:
+            raise UserError(
+                f"NSD of {first} forgives {one.tolerance or 'an unknown distance'}, that of {name} "
+                f"{other.tolerance or 'an unknown distance'}: score both alike, or leave it out: --metric dsc"
+            )
 
 
 def _groups(

@@ -12,6 +12,7 @@ from data_shards.errors import UserError, counted
 from trainer.evaluation.comparing import ALL, ALPHA, GROUPINGS, LOWER_IS_BETTER, METRICS, Line, Table
 from trainer.evaluation.paired import Cell, Test
 from trainer.evaluation.text import TITLES, markdown_table
+from trainer.report.latex import escaped, latex_line
 from trainer.run import write_json, write_whole
 from trainer.scores import write_table
 
@@ -24,11 +25,6 @@ COLUMNS = (
     "reference", "difference", "ci95_low", "ci95_high", "rank_biserial", "p", "p_holm",
 )  # fmt: skip
 """Of ``comparison.csv``; scores are from 0 to 1 there, distances in their unit."""
-_LATEX = {
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    **{"<": "$<$", ">": "$>$", "|": "$|$", "*": "$^{*}$", "†": r"$^{\dagger}$", "·": r"$\cdot$", "∞": r"$\infty$"},
-}
 _CASES = {"3d": "volume", "video": "video"}
 
 
@@ -268,23 +264,15 @@ def _latex_table(table: Table, percent: bool) -> str:
     kinds = "l" + "r" * len(counts) + "l" * len(table.columns)
     body = []
     for metric in table.metrics:
-        block = rf"\multicolumn{{{len(names)}}}{{l}}{{\emph{{{_escaped(metric_title(table, metric, percent))}}}}} \\"
-        body += [r"\midrule", block, *(_latex_line(row) for row in rows(table, metric, percent))]
-    below = _escaped(" ".join(note(table, percent)))
+        block = rf"\multicolumn{{{len(names)}}}{{l}}{{\emph{{{escaped(metric_title(table, metric, percent))}}}}} \\"
+        body += [r"\midrule", block, *(latex_line(row) for row in rows(table, metric, percent))]
+    below = escaped(" ".join(note(table, percent)))
     lines = [
-        *(r"\begin{table}", r"\centering", rf"\caption{{{_escaped(title(table))}}}"),
-        *(rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", _latex_line(names), *body, r"\bottomrule", r"\end{tabular}"),
+        *(r"\begin{table}", r"\centering", rf"\caption{{{escaped(title(table))}}}"),
+        *(rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", latex_line(names), *body, r"\bottomrule", r"\end{tabular}"),
         *(r"\par\smallskip", rf"\parbox{{\linewidth}}{{\footnotesize {below}}}", r"\end{table}"),
     ]
     return "\n".join(lines)
-
-
-def _latex_line(cells: Sequence[str]) -> str:
-    return " & ".join(map(_escaped, cells)) + r" \\"
-
-
-def _escaped(words: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in words)
 
 
 def _against(line: Line, name: str, reference: str | None) -> list[object]:

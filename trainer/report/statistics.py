@@ -62,7 +62,7 @@ def compare(before: np.ndarray, after: np.ndarray, seed: int = 0) -> Comparison:
         after=float(after.mean()),
         gain=float(gains.mean()),
         gain_ci95=bootstrap_ci95(gains, seed),
-        p_value=_wilcoxon(gains),
+        p_value=signed_rank(gains),
         rose=int((gains > 0).sum()),
         fell=int((gains < 0).sum()),
     )
@@ -149,7 +149,8 @@ def _resampled_medians(values: np.ndarray, generator: np.random.Generator) -> np
     return np.mean(middles, axis=0)
 
 
-def _wilcoxon(gains: np.ndarray) -> float | None:
+def signed_rank(gains: np.ndarray) -> float | None:
+    """Two-sided Wilcoxon signed-rank test of differences (N,), finite; None if N < 2 or all are 0."""
     if len(gains) < 2 or not gains.any():
         return None
     from scipy.stats import wilcoxon
