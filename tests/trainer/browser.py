@@ -1,4 +1,4 @@
-"""Pages in a real browser: the system's Chromium, headless, driven by Playwright. Tests are skipped where there is none."""
+"""Pages in a real browser: the system's Chromium, headless, driven by Playwright; without one, tests are skipped."""
 
 from __future__ import annotations
 
