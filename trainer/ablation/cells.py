@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from trainer.report.markup import UNKNOWN
 from trainer.resuming import changes, shown
 from trainer.run import Run, write_whole
 
+FROM_SCRATCH = "from scratch"
+"""What is said of a specialist where a foundation model's share of learning parameters stands."""
 _OF_THE_MACHINE = ("num_workers", "micro_batch_size", "cache", "cache_gb")
 """Arguments of the data module that change nothing of what is learnt."""
 
@@ -40,6 +42,7 @@ class Cell:
         parameters: Parameters of its model, planned without weights.
         learning: Those of them that learn.
         unmatched: What of its data differs from the reference's, in words.
+        specialist: Whether its model is no foundation model, but learns from scratch.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Cell:
     parameters: int
     learning: int
     unmatched: tuple[str, ...] = ()
+    specialist: bool = False
 
     @property
     def key(self) -> str:
@@ -139,8 +143,10 @@ def _resolve(loaded: Loaded, name: str, spec: CellSpec, out: Path, overlays: Seq
         recipe["trainer"]["max_time"] = _time(hours / _devices(recipe["trainer"], f"{loaded.path}: cell {name}"))
     _check_folders(recipe["data"]["init_args"], f"{loaded.path}: cell {name}", spec.tuned)
     learning = plan["learning"] if spec.tuned else 0
-    steps = loaded.spec.budget.steps
-    return Cell(name, 0, spec.tuned, recipe, out, out, "", steps, plan["parameters"], learning)
+    return Cell(
+        *(name, 0, spec.tuned, recipe, out, out, "", loaded.spec.budget.steps, plan["parameters"], learning),
+        specialist=cli.module.model.specialist,
+    )
 
 
 def _seeded(first: Cell, loaded: Loaded, seed: int, out: Path, unmatched: tuple[str, ...]) -> Cell:
@@ -159,8 +165,7 @@ def _seeded(first: Cell, loaded: Loaded, seed: int, out: Path, unmatched: tuple[
     else:
         lines += [f"# Launch: trainer test -c {path}"]
     text = "\n".join([*lines, "", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)])
-    steps, parameters, learning = first.steps, first.parameters, first.learning
-    return Cell(first.name, seed, first.tuned, recipe, path, root, text, steps, parameters, learning, unmatched)
+    return replace(first, seed=seed, recipe=recipe, path=path, root=root, text=text, unmatched=unmatched)
 
 
 def write_recipes(cells: Sequence[Cell]) -> None:
@@ -302,5 +307,7 @@ def _write(path: Path, content: dict[str, Any]) -> Path | None:
 
 
 def share(cell: Cell) -> str:
-    """Share of the parameters that learns."""
+    """Share of the parameters that learns; a specialist has none to set it against."""
+    if cell.specialist:
+        return FROM_SCRATCH
     return f"{cell.learning / cell.parameters:.2%}" if cell.parameters else UNKNOWN

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.ablation.cells import Cell
+from trainer.ablation.cells import FROM_SCRATCH, Cell
 from trainer.ablation.running import Standing, evaluation, standing
 from trainer.report.curves import read_curves
 from trainer.report.records import Jitter, read_jitter, read_record, read_stages
@@ -123,6 +123,16 @@ class Row:
         """Whether anything was trained."""
         return self.results[0].cell.tuned
 
+    @property
+    def specialist(self) -> bool:
+        """Whether its model learns from scratch."""
+        return self.results[0].cell.specialist
+
+    @property
+    def method(self) -> str:
+        """What is done: ``tuned``, ``untouched`` or ``from scratch``."""
+        return FROM_SCRATCH if self.specialist else "tuned" if self.tuned else "untouched"
+
     def of_seed(self, seed: int) -> Result | None:
         """The result of a seed; of a cell that trains nothing, its one result for every seed."""
         return next((one for one in self.finished if one.cell.seed == seed or not self.tuned), None)
@@ -188,7 +198,7 @@ class Entry:
 
 ENTRY_COLUMNS = tuple(column.name for column in fields(Entry))
 COST_COLUMNS = (
-    *("parameters", "learning", "learning_share", "learning_bytes", "checkpoint_bytes"),
+    *("method", "parameters", "learning", "learning_share", "learning_bytes", "checkpoint_bytes"),
     *("peak_memory_gib", "memory_of", "images_per_second", "fit_seconds"),
 )
 """Columns of ``results.csv`` after those of an `Entry`: the cell's costs, repeated in each of its rows."""
@@ -332,9 +342,10 @@ def costs(row: Row) -> dict[str, object]:
     results = row.finished or row.results
     last = results[-1]
     return {
+        "method": row.method,
         "parameters": last.parameters,
         "learning": last.learning,
-        "learning_share": last.learning / last.parameters if last.parameters else None,
+        "learning_share": last.learning / last.parameters if last.parameters and not row.specialist else None,
         "learning_bytes": last.learning * BYTES,
         "checkpoint_bytes": _whole(row.mean_of("checkpoint_bytes")),
         "peak_memory_gib": row.mean_of("memory_gib"),

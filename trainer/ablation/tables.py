@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.errors import counted
+from trainer.ablation.cells import FROM_SCRATCH
 from trainer.ablation.results import KINDS, METRICS, Entry, Result, Results, Row, costs
 from trainer.ablation.spec import Loaded
 from trainer.report.latex import escaped, latex_line
@@ -108,7 +109,7 @@ def cost_cells(row: Row) -> tuple[str, ...]:
     kept, checkpoint = known["learning_bytes"], known.get("checkpoint_bytes")
     return (
         count(row.results[-1].learning),
-        UNKNOWN if share is None else f"{100 * share:.2f}",
+        FROM_SCRATCH if row.specialist else UNKNOWN if share is None else f"{100 * share:.2f}",
         size(int(kept)) if kept else "nothing",
         size(None if checkpoint is None else int(checkpoint)),
         UNKNOWN if memory is None else f"{memory:.2f} GiB",

@@ -9,11 +9,22 @@ from trainer.models.preprocessing import Preprocessing
 from trainer.models.sam2_shape import SAM2Shape, require_sam2
 from trainer.models.sam3 import SAM3
 from trainer.models.sam3_shape import SAM3Shape
+from trainer.models.unet import BoxUNet
 
 if TYPE_CHECKING:
     from trainer.models.sam2 import SAM2
 
-__all__ = ["SAM2", "SAM3", "LiteMedSAM", "MedSAM", "Preprocessing", "SAM2Shape", "SAM3Shape", "SegmentationModel"]
+__all__ = [
+    "SAM2",
+    "SAM3",
+    "BoxUNet",
+    "LiteMedSAM",
+    "MedSAM",
+    "Preprocessing",
+    "SAM2Shape",
+    "SAM3Shape",
+    "SegmentationModel",
+]
 
 
 def __getattr__(name: str) -> Any:

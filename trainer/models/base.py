@@ -19,8 +19,10 @@ class SegmentationModel(nn.Module, ABC):
     """A promptable segmentation model: an image is encoded once, whatever the number of its prompts."""
 
     preprocessing: Preprocessing
-    score_head: str
-    """Name of the module that predicts a mask's quality; a loss on masks alone does not reach it."""
+    score_head: str | None
+    """Name of the module that predicts a mask's quality, None without one; a loss on masks alone does not reach it."""
+    specialist: ClassVar[bool] = False
+    """Whether it is no foundation model: it knows nothing but the data that it is trained on."""
     encoder = "image_encoder"
     """Name of the image encoder."""
     patch_embedding: tuple[str, ...]

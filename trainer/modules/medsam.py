@@ -109,8 +109,12 @@ class MedSAMModule(TunedModule):
         self.prompts = prompts or BoxPrompts()
         self.loss = loss or DiceCrossEntropy()
         self.score_weight = score_weight
-        if not score_weight:  # a loss on masks alone does not reach it, and DDP would wait for its gradient
-            freeze(self.model, [self.model.score_head])
+        if score_weight and model.score_head is None:
+            raise UserError(
+                f"score_weight {score_weight:g}: {type(model).__name__} predicts no IoU that could learn: 0"
+            )
+        if not score_weight and model.score_head:  # no loss on masks reaches it, and DDP would wait for its gradient
+            freeze(self.model, [model.score_head])
         self.tuning.check_learns(self.model)
 
     def setup(self, stage: str) -> None:
