@@ -22,7 +22,7 @@ TRAINER_LAYERS = (
         "trainer.segment.cli",
         "trainer.evaluation.cli",
     ),
-    ("trainer.evaluation",),
+    ("trainer.evaluation", "trainer.demo"),
     ("trainer.resuming",),
     ("trainer.export", "trainer.segment"),
     ("trainer.callbacks",),

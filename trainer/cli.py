@@ -29,6 +29,7 @@ Fine-tune segmentation foundation models for medicine.
   export       write weights for other tools  trainer export RUN --to litemedsam --out FILE
   consolidate  make one file of a checkpoint  trainer consolidate RUN [--out FILE]
   report       write the run's report.html    trainer report RUN
+  demo         try a model in the browser     trainer demo RUN
   launch       train on a cluster, or here    trainer launch RECIPE --cluster recipes/clusters/local.yaml
   jobs         list, follow and cancel these  trainer jobs [RUN] · trainer jobs tail RUN -f · trainer jobs cancel RUN
 
@@ -45,7 +46,7 @@ Mistakes in the input end with one line and exit code 2.
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (
     *("plan", *LIGHTNING_COMMANDS, "evaluate", "compare", "ablate"),
-    *("export", "consolidate", "report", "launch", "jobs"),
+    *("export", "consolidate", "report", "demo", "launch", "jobs"),
 )
 
 
@@ -99,6 +100,10 @@ def _main(arguments: list[str]) -> int:
         from trainer.report.cli import report_command
 
         return report_command(rest)
+    if command == "demo":
+        from trainer.demo.cli import demo_command
+
+        return demo_command(rest)
     if command == "launch":
         from trainer.launch.cli import launch_command
 

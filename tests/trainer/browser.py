@@ -23,7 +23,12 @@ _PICTURES = """() => Promise.all([...document.images].map(async image => {
 
 @contextmanager
 def browsed(
-    page: Path | str, width: int = 1280, height: int = 900, scheme: Literal["light", "dark"] = "light"
+    page: Path | str,
+    width: int = 1280,
+    height: int = 900,
+    scheme: Literal["light", "dark"] = "light",
+    streams: str = "",
+    requests: list[str] | None = None,
 ) -> Iterator[Any]:
     """Open a page, give it to the test, and fail if it complained or a picture did not load.
 
@@ -32,6 +37,8 @@ def browsed(
         width: Of the window, in CSS pixels.
         height: Of the window, in CSS pixels.
         scheme: What the reader's system prefers.
+        streams: What is in the addresses of streams that the page itself may end; none by default.
+        requests: Takes the address of all that the page asks for.
 
     Yields:
         Playwright's page, for clicks, keys and screenshots.
@@ -46,7 +53,9 @@ def browsed(
             tab = context.new_page()
             tab.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
             tab.on("pageerror", lambda error: complaints.append(str(error)))
-            tab.on("requestfailed", lambda request: complaints.append(f"{request.url[:120]}: {request.failure}"))
+            tab.on("requestfailed", lambda request: complaints.extend(_failed(request, streams)))
+            if requests is not None:
+                tab.on("request", lambda request: requests.append(request.url))
             tab.goto(page.resolve().as_uri() if isinstance(page, Path) else page)
             yield tab
             lacking = tab.evaluate(_PICTURES)
@@ -54,6 +63,12 @@ def browsed(
             browser.close()
     assert not complaints, complaints
     assert not lacking, f"pictures that did not load: {lacking}"
+
+
+def _failed(request: Any, streams: str) -> list[str]:
+    """A complaint about a request, unless it is a stream that the page ended."""
+    ended = streams and streams in request.url and request.failure == "net::ERR_ABORTED"
+    return [] if ended else [f"{request.url[:120]}: {request.failure}"]
 
 
 def too_wide(tab: Any) -> int:

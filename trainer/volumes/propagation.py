@@ -89,6 +89,35 @@ def check_following(models: Sequence[SegmentationModel | None], margin: int, at_
         raise UserError(f"--at-once {at_once}: 1 object or more")
 
 
+def look(model: SegmentationModel, stack: Stack, number: int, precision: Precision = "32-true") -> Any:
+    """Encode one slice, for `answer`: whoever asks about it again and again keeps what this gives."""
+    return _encoded(_Session(stack, 0, 1, precision), model, number)
+
+
+def answer(
+    model: SegmentationModel, stack: Stack, asked: Sequence[Asked], features: Any, precision: Precision = "32-true"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Segment M objects on the one slice that shows them, as `propagate` does there.
+
+    Args:
+        model: In evaluation mode; see `propagate`.
+        stack: The volume or video.
+        asked: The objects, all shown on one slice.
+        features: What `look` gave for it.
+        precision: As for `look`.
+
+    Returns:
+        Masks (M, H, W) bool and scores (M,).
+
+    Raises:
+        UserError: As `propagate`.
+    """
+    session = _Session(stack, 0, max(1, len(asked)), precision)
+    check_asked(asked, stack, asked[0].slice, asked[0].slice)
+    check_following((model,), session.margin, session.at_once)
+    return _followers(session, model, asked)[0].begin(features)
+
+
 def copied(asked: Sequence[Asked], first: int, last: int) -> Iterator[Found]:
     """The baseline that any propagation should beat: each object's mask, repeated in every slice.
 
