@@ -26,6 +26,7 @@ Purpose = Literal[
     "corrected",
     "augmentation",
     "resumed",
+    "prompt_noise",
 ]
 _TAGS: dict[Purpose, int] = {
     "negatives": 0x6E656761,
@@ -44,6 +45,7 @@ _TAGS: dict[Purpose, int] = {
     "corrected": 0x636F7272,
     "augmentation": 0x6175676D,
     "resumed": 0x72657375,
+    "prompt_noise": 0x70726E6F,
 }
 """Set streams apart from each other, and from those of orders, targets and boxes, which begin with (seed, epoch)."""
 

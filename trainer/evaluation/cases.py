@@ -67,6 +67,11 @@ class ShardStack:
         """What was drawn on each slice, as run lengths."""
         return [self.shards[position].targets for position in self.positions]
 
+    @cached_property
+    def plane(self) -> str:
+        """Anatomical plane of the slices; empty where it is not known."""
+        return self.shards[self.positions[0]].provenance.axis
+
     def truth(self, term: str, number: int) -> np.ndarray:
         """All of a term in a slice: (H, W) bool."""
         return drawn(self.targets[number], term, self.size)
@@ -206,12 +211,17 @@ def drawn(targets: Sequence[Target], term: str, size: tuple[int, int]) -> np.nda
     Returns:
         (H, W) bool; empty where the term has no target.
     """
-    mine = [target for target in targets if target.term == term]
-    wholes = [target for target in mine if target.kind == "semantic"]
     mask = np.zeros(size, bool)
-    for target in wholes if len(wholes) == 1 else mine:
-        mask |= target.mask() != 0
+    for place in places_of(targets, term):
+        mask |= targets[place].mask() != 0
     return mask
+
+
+def places_of(targets: Sequence[Target], term: str) -> list[int]:
+    """Positions of the targets that together are all of a term; see `drawn`."""
+    mine = [place for place, target in enumerate(targets) if target.term == term]
+    wholes = [place for place in mine if targets[place].kind == "semantic"]
+    return wholes if len(wholes) == 1 else mine
 
 
 def image_cases(index: Index, terms: Sequence[str] | None, limit: int | None) -> list[ImageCase]:

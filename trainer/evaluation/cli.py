@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import get_args
 
 from data_shards.errors import CommandParser, UserError, counted
-from trainer.evaluation.given import Prompt, given_protocol
-from trainer.evaluation.protocol import KINDS, Loaded, load_protocol
+from trainer.evaluation.given import Asking, Prompt, given_protocol
+from trainer.evaluation.protocol import GROUPINGS, KINDS, Loaded, load_protocol
 
 DESCRIPTION = """\
 Let several models answer the same cases, and compare them: images, volumes that are followed from one slice, videos
@@ -17,11 +17,16 @@ that are followed from the first frame.
   trainer evaluate runs/liver --data data/liver/test --out eval/liver             a run: the newest of its checkpoints
   trainer evaluate MedSAM=recipes/medsam/full.yaml tuned=runs/liver --data data/liver/test data/other/test \\
       --prompt box point --out eval/both                                  before and after tuning, asked in two ways
+  trainer evaluate MedSAM=recipes/medsam/full.yaml SAM3=runs/words --data data/liver/test --objects term --out eval/ct
+                                       SAM3 takes words alone: beside boxes all of a term in an image is one object
+  trainer evaluate tuned=runs/tumour --data data/ct/test --kind 3d --lesions --noise 5 10 20 --by size --out eval/burden
+                                       lesions counted, boxes that are off by 5, 10 and 20 % of their sides, by size
   trainer evaluate recipes/evaluation/sam2_transfer.yaml                  a protocol says all of that, and more
   trainer evaluate PROTOCOL.yaml --only 3d --limit 5        a first look: five volumes of each set
   trainer evaluate PROTOCOL.yaml --out runs/comparison
 
-The folder gets per_case.csv (a row for each object, model and first mask), summary.json, summary.md and report.html.
+The folder gets per_case.csv (a row for each object, model and first mask), summary.json, summary.md and report.html:
+DSC, NSD and HD95 with intervals, subgroups, volumes or areas with Bland-Altman plots, lesions and noise if asked for.
 A command that was stopped goes on where it was: what has its row is not computed again, as long as its model, data and
 settings, and the versions of what computes it, are the same; the tables are of the cases that the command asks for.
 One volume of your own is scored with `trainer evaluate --volume --help`.
@@ -57,7 +62,7 @@ def evaluate_command(arguments: list[str]) -> int:
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}): choose another --out") from error
     left_out = [(one.spec.title, case, term) for one in evaluation.selected for case, term in one.left_out]
-    print(in_short(sections, left_out))
+    print(in_short(sections, left_out, loaded.protocol.by))
     before = sum(job.selected.cases for job in evaluation.jobs) - computed
     print(f"\n{counted(computed, 'case')} computed, {before:,} were there already; {out / 'report.html'}")
     return 0
@@ -66,10 +71,15 @@ def evaluate_command(arguments: list[str]) -> int:
 def _loaded(values: Namespace) -> Loaded:
     """The protocol that is named, or the one that models and data make."""
     if values.data:
-        return given_protocol(
-            values.models, values.data, values.kind or "2d", values.prompt or ["box"], values.margin or 0
+        asking = Asking(
+            values.kind or "2d",
+            values.margin or 0,
+            values.objects or "target",
+            bool(values.lesions),
+            tuple(values.noise or ()),
         )
-    for name in ("kind", "prompt", "margin"):
+        return given_protocol(values.models, values.data, values.prompt or ["box"], asking, values.by)
+    for name in ("kind", "prompt", "margin", "objects", "lesions", "noise"):
         if getattr(values, name) is not None:
             raise UserError(f"--{name} belongs to --data; in a protocol it is a key of a set")
     if len(values.models) > 1:
@@ -77,7 +87,7 @@ def _loaded(values: Namespace) -> Loaded:
     (path,) = values.models
     if Path(path).is_dir():
         raise UserError(f"{path}: evaluated on what? Give --data FOLDER of shards, or a PROTOCOL.yaml")
-    return load_protocol(path)
+    return load_protocol(path).grouped(values.by)
 
 
 def _parser() -> CommandParser:
@@ -97,6 +107,26 @@ def _parser() -> CommandParser:
         "--prompt", nargs="+", choices=get_args(Prompt), help="with --data: how the truth is shown (default: box)"
     )
     parser.add_argument("--margin", type=int, metavar="PX", help="with --data: pixels that a box is enlarged by (0)")
+    parser.add_argument(
+        "--objects", choices=("target", "term"),
+        help="with --data, of images: each target by itself, or all of a term in an image together, which SAM3 needs "
+        "(default: target)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lesions",
+        action="store_true",
+        default=None,
+        help="with --data: count connected pieces, true, found and false",
+    )
+    parser.add_argument(
+        "--noise", nargs="+", type=float, metavar="PERCENT",
+        help="with --data: ask again with boxes whose sides (or points that) are moved at random by up to so many "
+        "percent of the box's sides, for a curve of DSC",
+    )  # fmt: skip
+    parser.add_argument(
+        "--by", nargs="+", metavar="NAME",
+        help=f"subgroup tables: {', '.join(GROUPINGS)} (default: size, and what the cases differ in)",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="FOLDER", help="where the results go (default: the protocol's `out`)")
     parser.add_argument("--only", choices=KINDS, help="sets of one kind alone")
     parser.add_argument("--limit", type=int, metavar="N", help="most images, volumes or videos of each set")

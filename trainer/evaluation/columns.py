@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_shards.errors import UserError, nearest
 from trainer.evaluation import rows as evaluated
-from trainer.evaluation.protocol import COPY
+from trainer.evaluation.protocol import COPY, TEXT
 from trainer.evaluation.tables import label
 from trainer.scores import METRICS, UNKNOWN, CaseScore, read_scores, volume_of
 
@@ -34,8 +34,8 @@ class Answer:
 
     Attributes:
         kind: ``2d``, ``3d`` or ``video``; empty in tables of `trainer test`.
-        prompt: ``box``, ``point`` or ``mask``; empty in tables of `trainer test`.
-        way: Whose mask a model went on from: ``model`` is its own; empty for images and for repeated first masks.
+        prompt: ``box``, ``point``, ``mask`` or ``text``; empty in tables of `trainer test`.
+        way: Whose mask a model went on from: ``model`` is its own; empty for images, words and repeated first masks.
         set: Name of the set; empty in tables of `trainer test`.
         case: Key of the image or volume.
         target: Position of the target in its image; −1 for all of a term in a volume.
@@ -186,7 +186,7 @@ def _scored(score: CaseScore) -> Answer:
 
 def _models(name: str, path: Path) -> list[Column]:
     """A column for each model of a table of `trainer evaluate`; under a name one of them, without its baselines."""
-    rows = evaluated.read(path)
+    rows = [row for row in evaluated.read(path) if not row.noise]  # prompts that are off have curves of their own
     models = list(dict.fromkeys(row.model for row in rows if row.model != COPY))
     if name and len(models) == 1:  # its own mask is then that of its new name
         old = models[0]
@@ -219,7 +219,7 @@ def _evaluated(row: evaluated.Row, path: Path) -> Answer:
     for metric, value in found.items():
         if not (math.isfinite(value) or (metric == "hd95" and value == math.inf)):  # infinite where a mask is empty
             raise UserError(f"{path}: {metric} of {row.term} in {row.case} is {value}; run the evaluation again")
-    way = "" if row.model == COPY else "model" if row.initial == row.model else row.initial
+    way = "" if row.model == COPY or row.initial == TEXT else "model" if row.initial == row.model else row.initial
     truth = f"'{row.term}' in {row.slices} slices from {row.first}, shown on {row.shown}"
     about = (row.case, row.target, _plain(row.term), _plain(row.dataset), _plain(row.modality))
     return Answer(row.kind, row.prompt, way, row.set, *about, row.tolerance, truth, found)

@@ -18,6 +18,7 @@ all tests of a table). Nothing is computed again: per_case.csv is enough.
   trainer compare runs/a                                                a run before and after tuning
 
 PATH is a per_case.csv, or a folder that has one: an evaluation, or a run, of which NAME=PATH takes the tuned model.
+Prompts that were moved at random (`trainer evaluate --noise`) are left out here: their curves are in report.html.
 NAME=PATH is one column; PATH alone gives every model of the table, or every evaluation of the run.
 --out writes comparison.md, comparison.tex (booktabs), comparison.csv and comparison.json: with mean differences, their
 bootstrap 95 % intervals, and p before and after correction.

@@ -12,6 +12,7 @@ from itertools import combinations
 from data_shards.errors import UserError, counted, nearest
 from trainer.evaluation.columns import Answer, Column, Place
 from trainer.evaluation.paired import Cell, Test, spread, tested, values_of
+from trainer.evaluation.protocol import TEXT
 from trainer.report.statistics import holm
 from trainer.scores import UNKNOWN
 
@@ -135,15 +136,27 @@ def compare_columns(
 
 
 def _sections(columns: Sequence[Column]) -> dict[Asking, dict[str, dict[Place, Answer]]]:
-    """Answers by how their set was asked and by column, in the order of the tables; sets asked alike are together."""
+    """Answers by how their set was asked and by column, in the order of the tables; sets asked alike are together.
+
+    Who was asked by text stands beside who was shown the same terms, since a prompt is all that tells them apart.
+    """
+    prompts: dict[tuple[str, str, bool], set[str]] = {}
+    for answer in (answer for column in columns for answer in column.answers):
+        prompts.setdefault((answer.kind, answer.set, answer.target < 0), set()).add(answer.prompt)
+
+    def prompt_of(answer: Answer) -> str:
+        every = prompts[answer.kind, answer.set, answer.target < 0]
+        return " or ".join(sorted(every)) if TEXT in every else answer.prompt
+
     ways: dict[tuple[str, str, str], set[str]] = {}
     for answer in (answer for column in columns for answer in column.answers):
-        ways.setdefault((answer.kind, answer.prompt, answer.set), set()).add(answer.way)
+        ways.setdefault((answer.kind, prompt_of(answer), answer.set), set()).add(answer.way)
     found: dict[Asking, dict[str, dict[Place, Answer]]] = {}
     for column in columns:
         for answer in column.answers:
-            way = tuple(sorted(ways[answer.kind, answer.prompt, answer.set] - {""}))
-            section = found.setdefault((answer.kind, answer.prompt, way), {})
+            prompt = prompt_of(answer)
+            way = tuple(sorted(ways[answer.kind, prompt, answer.set] - {""}))
+            section = found.setdefault((answer.kind, prompt, way), {})
             section.setdefault(column.name, {})[answer.place] = answer
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,15 +15,30 @@ from trainer.evaluation.protocol import Kind, Loaded, ModelSpec, Protocol, SetSp
 from trainer.recipe import check_recipe
 from trainer.run import Run
 
-Prompt = Literal["box", "point", "mask"]
+Prompt = Literal["box", "point", "mask", "text"]
 COMMAND = Path("trainer evaluate")
 """What messages name instead of a file."""
 QUESTION = "How well do these models answer the same cases?"
 _CHECKPOINTS = "checkpoints"
 
 
+@dataclass(frozen=True)
+class Asking:
+    """How every set is asked; see `SetSpec`, whose keys these are."""
+
+    kind: Kind = "2d"
+    margin: int = 0
+    objects: Literal["target", "term"] = "target"
+    lesions: bool = False
+    noise: tuple[float, ...] = ()
+
+
 def given_protocol(
-    models: Sequence[str], data: Sequence[str], kind: Kind, prompts: Sequence[Prompt], margin: int = 0
+    models: Sequence[str],
+    data: Sequence[str],
+    prompts: Sequence[Prompt],
+    asking: Asking,
+    by: Sequence[str] | None = None,
 ) -> Loaded:
     """Put together what the command line names; no model and no shard is opened.
 
@@ -31,9 +46,9 @@ def given_protocol(
         models: Runs, checkpoints of runs, or recipes, each alone or as ``NAME=PATH``; the others are compared with the
             first.
         data: Folders of shards.
-        kind: What their cases are.
         prompts: Each makes a set of each folder.
-        margin: See `SetSpec.margin`.
+        asking: How each of them is asked.
+        by: See `Protocol.by`.
 
     Raises:
         UserError: A path is none of these, two models have one name, or a value is wrong.
@@ -45,22 +60,24 @@ def given_protocol(
             raise UserError(f"{COMMAND}: two models are called '{name}': give each a name, as in NAME={one}")
         specs[name] = spec
     titles = _titles(data)
-    sets = [
-        SetSpec(folder, kind, title if len(prompts) == 1 else f"{title} by {prompt}", prompt, margin)
-        for folder, title in zip(data, titles, strict=True)
-        for prompt in prompts
-    ]
+    keys = {**asdict(asking), "noise": list(asking.noise)}
     try:
-        protocol = Protocol(list(specs), sets)
+        sets = [
+            SetSpec(folder, name=title if len(prompts) == 1 else f"{title} by {prompt}", prompt=prompt, **keys)
+            for folder, title in zip(data, titles, strict=True)
+            for prompt in prompts
+        ]
+        protocol = Protocol(list(specs), sets, by=None if by is None else list(by))
     except UserError as error:
         raise UserError(f"{COMMAND}: {error}") from None
-    return Loaded(COMMAND, protocol, specs, QUESTION, "", _text(specs, sets))
+    return Loaded(COMMAND, protocol, specs, QUESTION, "", _text(specs, sets, by))
 
 
-def _text(models: Mapping[str, ModelSpec], sets: Sequence[SetSpec]) -> str:
+def _text(models: Mapping[str, ModelSpec], sets: Sequence[SetSpec], by: Sequence[str] | None) -> str:
     """The same as a file: what is as it would be without is left out."""
     named = {name: {key: value for key, value in asdict(spec).items() if value} for name, spec in models.items()}
     content = {"models": named, "sets": [{key: value for key, value in asdict(one).items() if value} for one in sets]}
+    content |= {"by": list(by)} if by is not None else {}
     return f"# {QUESTION}\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 

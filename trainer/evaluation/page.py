@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.evaluation.tables import Section
-from trainer.evaluation.text import difference_table, heading, left_out_note, note, score_table
+from trainer.evaluation.curves import noise_curves, noise_tables
+from trainer.evaluation.lesions import lesion_tables
+from trainer.evaluation.protocol import COPY
+from trainer.evaluation.sizes import UNITS, Sizes, size_tables, sizes_of
+from trainer.evaluation.subgroups import subgroup_tables
+from trainer.evaluation.tables import Section, label
+from trainer.evaluation.text import difference_table, heading, interval_table, left_out_note, note, score_table
+from trainer.evaluation.told import Told
+from trainer.report.boxes import box_plot
 from trainer.report.markup import paragraph, section, table, text
 from trainer.report.page import document, legend, prompt_legend
 from trainer.report.panels import Panel
 from trainer.report.pictures import Choice, crop_of, tiles
+from trainer.report.scatter import bland_altman, noise_chart, series_legend, size_scatter
 
 Figure = tuple[str, list[tuple[str, Panel]]]
 """The name of a set, and one object of it as each model answers."""
 
+MOST_TERMS = 6
+"""Terms whose sizes are drawn; the table has all."""
 _GRID = "grid-template-columns:repeat(auto-fill,minmax(min(100%,11rem),1fr))"
 
 
@@ -25,6 +35,7 @@ def render(
     figures: Sequence[Figure],
     left_out: Sequence[tuple[str, str, str]],
     protocol: str,
+    by: Sequence[str] | None = None,
 ) -> str:
     """Return the page: one file that needs nothing else.
 
@@ -36,6 +47,7 @@ def render(
         figures: Objects to show.
         left_out: Objects that could not be followed, as (set, case, term).
         protocol: The protocol as it was written.
+        by: What subgroup tables are of; see `Protocol.by`.
     """
     aside = f'<div class="aside caveat"><p><b>Caveat.</b> {text(caveat)}</p></div>' if caveat else ""
     header = "\n".join(
@@ -49,19 +61,108 @@ def render(
         )
     )
     written = f"<details><summary>As it was written</summary><pre>{text(protocol)}</pre></details>"
-    parts = [header, *(_section(one) for one in sections), _pictures(figures), section("Protocol", written)]
+    parts = [header, *(_section(one, by) for one in sections), _pictures(figures), section("Protocol", written)]
     return document(text(f"{name} – sam-trainer evaluation"), "\n".join(part for part in parts if part))
 
 
-def _section(one: Section) -> str:
-    title, found = heading(one), []
+def _section(one: Section, by: Sequence[str] | None) -> str:
+    title, found = heading(one), [_boxes(one)]
     for metric in one.metrics:
         columns, lines = score_table(one, metric)
         found.append(table(columns, lines, label=f"{title}: {columns[0]} by modality"))
+    columns, lines = interval_table(one)
+    found.append(table(columns, lines, label=f"{title}: mean and median with 95 % confidence intervals"))
     columns, lines = difference_table(one)
     if lines:
         found.append(table(columns, lines, label=f"{title}: differences on the same objects", words=(0, 1)))
+    found += [_told(told, title) for told in subgroup_tables(one, by)]
+    found += [_told(told, title) + _sizes(one, told) for told in size_tables(one)]
+    found += [_told(told, title) for told in lesion_tables(one)]
+    found += [_told(told, title) + _noise(one) for told in noise_tables(one)]
     return section(title, paragraph(note(one), "note"), *found)
+
+
+def _told(told: Told, title: str) -> str:
+    """A table with its heading and note."""
+    head = f"<h3>{text(told.title)}</h3>\n{paragraph(told.note, 'note')}"
+    drawn = table(told.columns, told.lines, label=f"{title}: {told.title}", words=told.words)
+    return f'<div class="below">{head}{drawn}</div>'
+
+
+def _numbers(one: Section) -> dict[str, int]:
+    """Colour and mark of each line, the same in all charts of a section."""
+    return {label(line): number for number, line in enumerate(line for line in one.rows if line[0] != COPY)}
+
+
+def _boxes(one: Section) -> str:
+    """DSC by modality, a box for each model."""
+    groups = {
+        modality: {
+            label(line): [row.dsc for row in rows if row.modality == modality]
+            for line, rows in one.rows.items()
+            if line[0] != COPY
+        }
+        for modality in one.modalities
+    }
+    if not any(values for series in groups.values() for values in series.values()):
+        return ""
+    drawn = box_plot(groups, name="DSC", label=f"{heading(one)}: DSC by modality")
+    return f'<div class="charts">{drawn}</div>'
+
+
+def _sizes(one: Section, told: Told) -> str:
+    """Predicted over true sizes and Bland–Altman plots, the most frequent terms first."""
+    numbers, by_term = _numbers(one), dict[tuple[str, str], list[Sizes]]()
+    for size in sizes_of(one):
+        if f"({UNITS[size.unit]})" in told.columns[3]:
+            by_term.setdefault((size.unit, size.term), []).append(size)
+    drawn = [_term(sizes, numbers, number == 0) for number, sizes in enumerate(list(by_term.values())[:MOST_TERMS])]
+    left = len(by_term) - len(drawn)
+    more = (
+        paragraph(f"The {len(drawn)} most frequent terms are drawn, {left} more are in the table.", "note")
+        if left > 0
+        else ""
+    )
+    return "".join((series_legend(numbers), *drawn, more))
+
+
+def _term(sizes: Sequence[Sizes], numbers: dict[str, int], opened: bool) -> str:
+    """The charts of one term's sizes."""
+    term, unit = sizes[0].term, UNITS[sizes[0].unit]
+    points = {label(size.line): (size.names, size.predicted, size.true) for size in sizes}
+    charts = [size_scatter(points, unit=unit, label=f"{term}: predicted over true size", numbers=numbers)]
+    titles = ["Predicted against true"]
+    for size in sizes:
+        name, found = label(size.line), size.found
+        charts.append(
+            bland_altman(
+                points[name],
+                bias=found.bias,
+                limits=found.limits,
+                unit=unit,
+                label=f"{term}, {name}: Bland–Altman plot, bias {found.bias:.3g} {unit}",
+                number=numbers[name],
+            )
+        )
+        titles.append(f"Bland–Altman, {name}")
+    figures = "".join(
+        f"<figure><h4>{text(title)}</h4>{chart}</figure>" for title, chart in zip(titles, charts, strict=True)
+    )
+    state = " open" if opened else ""
+    return f'<details{state}><summary>{text(term)}</summary><div class="charts below">{figures}</div></details>'
+
+
+def _noise(one: Section) -> str:
+    """The mean DSC over the noise of prompts."""
+    numbers = _numbers(one)
+    curves = {label(curve.line): curve for curve in noise_curves(one)}
+    told = "; ".join(f"{name} from {curve.means[0]:.3f} to {curve.means[-1]:.3f}" for name, curve in curves.items())
+    chart = noise_chart(
+        {name: (curve.levels, curve.means, curve.bands) for name, curve in curves.items()},
+        label=f"mean DSC over the noise of the prompt: {told}",
+        numbers=numbers,
+    )
+    return f'{series_legend({name: numbers[name] for name in curves})}<div class="charts">{chart}</div>'
 
 
 def _pictures(figures: Sequence[Figure]) -> str:

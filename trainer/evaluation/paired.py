@@ -11,15 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.evaluation.columns import Answer
-from trainer.report.statistics import bootstrap_ci95, signed_rank
+from trainer.report.statistics import ci95_of, quartiles, signed_rank
 
 DECIMALS = 9
 """Of differences: the tables have six, and 0.3 − 0.1 shall tie with 0.2 in the ranks."""
-
-MANY = 2000
-"""Scores above which the interval of a mean difference is not resampled: the bootstrap's is then the normal one."""
-_NORMAL = 1.959964
-"""Standard deviations from the mean to the ends of a normal 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,8 @@ class Test:
         column: The one.
         against: The other; of a pair with the reference that is this.
         difference: Mean of (column − against); None where one of the scores is infinite.
-        ci95: Its bootstrap 95 % confidence interval; None there, too, and with N < 2. See `MANY`.
+        ci95: Its bootstrap 95 % confidence interval; None there, too, and with N < 2. See
+            `trainer.report.statistics.MANY`.
         effect: Matched-pairs rank-biserial correlation (Kerby 2014), from −1 to 1: above 0 where `column` has the
             higher scores.
         p_value: Two-sided Wilcoxon signed-rank test; None with N < 2 or without any difference.
@@ -79,11 +75,8 @@ def values_of(answers: Sequence[Answer], metric: str, each: str) -> np.ndarray:
 
 def spread(values: np.ndarray) -> Cell:
     """Mean and quartiles of scores (N,), which may be infinite."""
-    with np.errstate(invalid="ignore"):
-        quartiles = np.percentile(values, [25, 50, 75])
-    # between a distance and an infinite one nothing can be interpolated
-    q1, median, q3 = np.where(np.isnan(quartiles), np.percentile(values, [25, 50, 75], method="higher"), quartiles)
-    return Cell(float(values.mean()), float(q1), float(median), float(q3))
+    q1, median, q3 = quartiles(values)
+    return Cell(float(values.mean()), q1, median, q3)
 
 
 def tested(column: str, against: str, values: Mapping[str, np.ndarray]) -> Test:
@@ -96,11 +89,8 @@ def tested(column: str, against: str, values: Mapping[str, np.ndarray]) -> Test:
 
 
 def interval(gains: np.ndarray) -> tuple[float, float] | None:
-    """Bootstrap 95 % confidence interval of the mean of differences (N,), None if N < 2; see `MANY`."""
-    if len(gains) <= MANY:
-        return bootstrap_ci95(gains)
-    reach = _NORMAL * float(gains.std(ddof=1)) / len(gains) ** 0.5
-    return float(gains.mean()) - reach, float(gains.mean()) + reach
+    """95 % confidence interval of the mean of differences (N,), None if N < 2; see `ci95_of`."""
+    return ci95_of(gains, "mean")
 
 
 def differences(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from data_shards.errors import UserError, counted
 from trainer.evaluation.comparing import ALL, ALPHA, GROUPINGS, LOWER_IS_BETTER, METRICS, Line, Table
 from trainer.evaluation.paired import Cell, Test
-from trainer.evaluation.text import TITLES, markdown_table
+from trainer.evaluation.text import TITLES
+from trainer.evaluation.told import finite, markdown_table
 from trainer.report.latex import escaped, latex_line
 from trainer.run import write_json, write_whole
 from trainer.scores import write_table
@@ -189,7 +190,7 @@ def _table(table: Table, percent: bool) -> dict[str, Any]:
     content = asdict(table)
     kind, prompt, initial = content.pop("asking")
     head = {"title": title(table), "kind": kind, "prompt": prompt, "initial": initial}
-    found: dict[str, Any] = _finite({**head, **content, "tests": table.tests, "note": " ".join(note(table, percent))})
+    found: dict[str, Any] = finite({**head, **content, "tests": table.tests, "note": " ".join(note(table, percent))})
     return found
 
 
@@ -283,12 +284,3 @@ def _against(line: Line, name: str, reference: str | None) -> list[object]:
     bounds = test.ci95 or ("", "")
     chances = ["" if value is None else f"{value:.6g}" for value in (test.p_value, test.p_holm)]
     return ["" if test.difference is None else test.difference, *bounds, test.effect, *chances]
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for what JSON cannot say."""
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

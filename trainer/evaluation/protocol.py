@@ -22,6 +22,20 @@ COPY = "copy"
 """What the tables call the baseline: the first mask, repeated in every slice."""
 OWN, TRUTH, DIRECT = "model", "truth", "prompt"
 """What `initial` may name besides models."""
+TEXT = "text"
+"""The prompt of a model that is asked in words, and what stands in its rows for who made the first mask."""
+GROUPINGS = {
+    "modality": "modality",
+    "dataset": "data set",
+    "term": "term",
+    "set": "set",
+    "plane": "plane",
+    "spacing": "spacing",
+    "size": "size of the target",
+}
+"""What subgroup tables can be of, and what they call it."""
+MOST_NOISE = 100.0
+"""Percent of a box's sides: with more, a box may lie anywhere."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +74,13 @@ class SetSpec:
     followed to both ends. ``video``: each term of each sequence, shown on its first frame and followed from there."""
     name: str = ""
     """What the tables call it; the folder by default."""
-    prompt: Literal["box", "point", "mask"] = "box"
-    """What of the truth is shown: its tight box, the pixel farthest from its border, or the mask itself."""
+    prompt: Literal["box", "point", "mask", "text"] = "box"
+    """What of the truth is shown: its tight box, the pixel farthest from its border, or the mask itself. ``text`` names
+    the term alone, which SAM3 understands: its instances are united, slice by slice."""
+    objects: Literal["target", "term"] = "target"
+    """2d: whether each target of an image is asked for, or all of a term together: each of its targets is shown, and
+    the answers are united. So SAM3, which takes words alone, can be asked beside models that take boxes; in volumes and
+    videos, and with ``prompt: text``, it is so in any case."""
     margin: int = 0
     """Native pixels by which a box is enlarged on every side."""
     initial: list[str] = field(default_factory=list)
@@ -74,6 +93,11 @@ class SetSpec:
     """Largest distance that surface Dice forgives."""
     unit: Literal["mm", "px"] = "mm"
     """Of the tolerance; where a spacing is not known it is px in any case, and the tables say so."""
+    lesions: bool = False
+    """2d and 3d: whether connected pieces are counted: true ones, how many were found, and false ones."""
+    noise: list[float] = field(default_factory=list)
+    """The same objects are asked for again with prompts that are off, for a curve: each side of a box, or the point, is
+    moved at random by up to so many percent of the box's sides (SAM2's training draws up to 10)."""
     terms: list[str] | None = None
     """Terms to ask for; all by default."""
     limit: int | None = None
@@ -87,6 +111,7 @@ class SetSpec:
             )
         if self.terms == []:
             raise UserError("terms is empty: name some, or leave it out for all")
+        self._check_asking()
         if self.kind == "2d":
             if self.prompt == "mask":
                 raise UserError("prompt mask: in an image the mask is the answer: take box or point")
@@ -96,6 +121,31 @@ class SetSpec:
             raise UserError(f"prompt mask shows the truth itself: initial is then [{TRUTH}] alone")
         if len(set(self.initial)) < len(self.initial):
             raise UserError("initial names one twice")
+
+    def _check_asking(self) -> None:
+        """Refuse what does not go together with the prompt or the kind."""
+        if self.prompt == TEXT and (self.margin or self.noise or self.initial):
+            key = "margin" if self.margin else "noise" if self.noise else "initial"
+            raise UserError(f"{key} belongs to boxes, points and masks: prompt text shows none")
+        if self.objects == "term" and self.kind != "2d":
+            raise UserError("objects belongs to images: in volumes and videos all of a term is asked for in any case")
+        if self.lesions and self.kind == "video":
+            raise UserError("lesions are counted in images and volumes, not in videos: leave it out")
+        wrong = [level for level in self.noise if not 0 <= level <= MOST_NOISE]
+        if wrong:
+            raise UserError(f"noise is 0 to {MOST_NOISE:g} percent of a box's sides, not {wrong[0]:g}")
+        if self.noise and (self.prompt == "mask" or self.initial == [TRUTH]):
+            raise UserError("noise moves boxes and points: what starts from the true mask is shown neither")
+
+    @property
+    def by_term(self) -> bool:
+        """Whether all of a term in an image or volume is one object."""
+        return self.kind != "2d" or self.objects == "term" or self.prompt == TEXT
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Of noise, in order, without 0."""
+        return tuple(sorted({float(level) for level in self.noise} - {0.0}))
 
     @property
     def title(self) -> str:
@@ -127,13 +177,19 @@ class Protocol:
     """Objects that are decoded together."""
     pictures: int = 4
     """Cases of each set that the report shows."""
+    by: list[str] | None = None
+    """What subgroup tables are of: modality, dataset, term, set, plane, spacing or size. By default size, and what the
+    cases differ in."""
 
     def __post_init__(self) -> None:
         if not self.models or not self.sets:
             raise UserError("models and sets name at least one each")
         if self.at_once < 1 or self.pictures < 0:
             raise UserError(f"at_once is 1 or more, pictures 0 or more: not {self.at_once} and {self.pictures}")
-        taken = [name for name in (COPY, OWN, TRUTH, DIRECT, "") if name in self.models]
+        for name in self.by or ():
+            if name not in GROUPINGS:
+                raise UserError(f"by: there is no '{name}'{nearest(name, GROUPINGS)}; known: {', '.join(GROUPINGS)}")
+        taken = [name for name in (COPY, OWN, TRUTH, DIRECT, TEXT, "") if name in self.models]
         if taken:
             raise UserError(f"models: '{taken[0]}' means something else here: choose another name")
         seen: set[tuple[str, str]] = set()
@@ -166,6 +222,19 @@ class Loaded:
     question: str
     caveat: str
     text: str
+
+    def grouped(self, by: list[str] | None) -> Loaded:
+        """The same with other subgroups; those of the protocol where none are given.
+
+        Raises:
+            UserError: There is no such grouping.
+        """
+        if by is None:
+            return self
+        try:
+            return replace(self, protocol=replace(self.protocol, by=by))
+        except UserError as error:
+            raise UserError(f"--{error}") from None
 
 
 def load_protocol(path: str | Path) -> Loaded:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.evaluation import page, tables, text
+from trainer.evaluation.curves import noise_summary
+from trainer.evaluation.jobs import Job
+from trainer.evaluation.lesions import lesion_summary
 from trainer.evaluation.protocol import COPY
-from trainer.evaluation.run import Evaluation, Job
+from trainer.evaluation.run import Evaluation
+from trainer.evaluation.sizes import size_summary
 from trainer.evaluation.tables import Line, Section
+from trainer.evaluation.told import finite
 from trainer.report.panels import load_panels
 from trainer.run import write_json
 
@@ -26,34 +31,39 @@ def write_results(evaluation: Evaluation) -> list[Section]:
     sections = sections_of(evaluation)
     left_out = [(one.spec.title, case, term) for one in evaluation.selected for case, term in one.left_out]
     head = {"protocol": str(loaded.path), "question": loaded.question, "caveat": loaded.caveat}
-    write_json(out / "summary.json", head | tables.summary(sections, left_out))
-    name = loaded.path.stem
-    _write(out / "summary.md", text.markdown(name, loaded.question, sections, left_out))
+    content = tables.summary(sections, left_out)
+    for section, found in zip(sections, content["sections"], strict=True):
+        found |= {"sizes": size_summary(section), "lesions": lesion_summary(section), "noise": noise_summary(section)}
+    write_json(out / "summary.json", head | finite(content))
+    name, by = loaded.path.stem, loaded.protocol.by
+    _write(out / "summary.md", text.markdown(name, loaded.question, sections, left_out, by))
     _write(out / "protocol.yaml", loaded.text)
-    found = page.render(name, loaded.question, loaded.caveat, sections, _figures(evaluation), left_out, loaded.text)
+    pictures = _figures(evaluation)
+    found = page.render(name, loaded.question, loaded.caveat, sections, pictures, left_out, loaded.text, by)
     _write(out / "report.html", found)
     return sections
 
 
 def sections_of(evaluation: Evaluation) -> list[Section]:
     """Sets that are asked in one way together, in the order of the protocol: the cases that this call asks for."""
-    groups: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    groups: dict[tuple[str, str, tuple[str, ...], bool, tuple[float, ...]], list[str]] = {}
     wanted = set()
     for one in evaluation.selected:
         spec = one.spec
-        groups.setdefault((spec.kind, spec.prompt, tuple(spec.initials)), []).append(spec.title)
+        way = (spec.kind, spec.prompt, tuple(spec.initials), spec.by_term, spec.levels)
+        groups.setdefault(way, []).append(spec.title)
         wanted |= {(spec.kind, spec.title, *thing) for thing in one.objects}
     rows = [row for row in evaluation.table.rows if (row.kind, *row.place) in wanted]
     return [
-        tables.section_of(kind, prompt, sets, _lines(evaluation.jobs, kind, sets), rows)
-        for (kind, prompt, _), sets in groups.items()
+        tables.section_of(kind, prompt, sets, _lines(evaluation.jobs, kind, sets), rows, by_term)
+        for (kind, prompt, _, by_term, _), sets in groups.items()
     ]
 
 
 def _lines(jobs: list[Job], kind: str, sets: list[str]) -> list[Line]:
     """Models first, then the repetitions of their first masks."""
     mine = [job for job in jobs if job.selected.spec.kind == kind and job.selected.spec.title in sets]
-    copies = [(COPY, job.copy_of) for job in mine if job.initial]
+    copies = [(COPY, job.copy_of) for job in mine if job.copied]
     return list(dict.fromkeys([*((job.model, job.initial) for job in mine), *copies]))
 
 

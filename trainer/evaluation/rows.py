@@ -22,15 +22,15 @@ class Row:
     Attributes:
         model: Name of the model; ``copy`` for the baseline that repeats the first mask.
         initial: Who made the first mask: a model's name, ``truth``, or ``prompt`` where there was none between; empty
-            for images.
+            for images, and ``text`` where words asked for it.
         set: Name of the set.
         kind: ``2d``, ``3d`` or ``video``.
-        prompt: ``box``, ``point`` or ``mask``.
+        prompt: ``box``, ``point``, ``mask`` or ``text``: how this model was asked.
         dataset: Data set of the case.
         modality: Its modality.
         case: Key of the image or volume.
         term: Clinical term.
-        target: Position of the target in its image; −1 for all of a term in a volume.
+        target: Position of the target in its image; −1 for all of a term, in an image or a volume.
         shown: Number of the slice that the object was shown on, from 0; −1 for images.
         first: First slice that was asked for; −1 for images.
         slices: Number of slices that were asked for; 1 for images.
@@ -44,6 +44,16 @@ class Row:
         seconds: Share of the computing time, encoding included.
         made_by: Stands for model, data and settings, and behind the dash for versions: rows that others made are not
             reused.
+        plane: Anatomical plane of the slices; empty for plain images.
+        spacing: Millimetres between slices of a volume, between rows of an image; None where they are not known.
+        noise: How much the prompt was moved, in percent of the box's sides; 0 for one that was not.
+        size_true: True volume or area, in slices that were asked for; None for videos, as are the next ones.
+        size_predicted: Predicted volume or area.
+        size_unit: ``ml`` or ``voxels`` of volumes, ``mm2`` or ``px`` of images.
+        lesions: Number of true lesions, connected pieces; None where they were not counted, as are the next ones.
+        lesions_found: How many of them were found; see `trainer.metrics.detection`.
+        false_positives: Number of predicted pieces that belong to no lesion.
+        lesion_dice: Sum of the lesions' Dice with what has found them.
     """
 
     model: str
@@ -67,6 +77,16 @@ class Row:
     tolerance: str
     seconds: float
     made_by: str
+    plane: str = ""
+    spacing: float | None = None
+    noise: float = 0.0
+    size_true: float | None = None
+    size_predicted: float | None = None
+    size_unit: str = ""
+    lesions: int | None = None
+    lesions_found: int | None = None
+    false_positives: int | None = None
+    lesion_dice: float | None = None
 
     @property
     def place(self) -> Place:
@@ -75,6 +95,10 @@ class Row:
 
 
 COLUMNS = [column.name for column in fields(Row)]
+_COUNTS = ("lesions", "lesions_found", "false_positives")
+_MAYBE = ("hd95", "dsc_unprompted", "spacing", "size_true", "size_predicted", "lesion_dice")
+_NOT_YET = {"plane": "", "noise": "0", "size_unit": ""} | dict.fromkeys((*_COUNTS, *_MAYBE), "")
+"""Cells of columns that tables of earlier versions lack."""
 
 
 def read(path: Path) -> list[Row]:
@@ -87,12 +111,13 @@ def read(path: Path) -> list[Row]:
 
 
 def _row(cells: dict[str, str]) -> Row:
-    cells = {"iou": "nan", **cells}  # tables of earlier versions have none: their rows do not count
+    cells = {"iou": "nan", **_NOT_YET, **cells}  # tables of earlier versions have none: their rows do not count
     whole = {name: int(cells[name]) for name in ("target", "shown", "first", "slices")}
-    numbers = {name: float(cells[name]) for name in ("dsc", "iou", "nsd", "seconds")}
-    maybe = {name: float(cells[name]) if cells[name] else None for name in ("hd95", "dsc_unprompted")}
-    text = {name: cells[name] for name in COLUMNS if name not in {*whole, *numbers, *maybe}}
-    return Row(**text, **whole, **numbers, **maybe)  # type: ignore[arg-type]
+    numbers = {name: float(cells[name]) for name in ("dsc", "iou", "nsd", "seconds", "noise")}
+    maybe = {name: float(cells[name]) if cells[name] else None for name in _MAYBE}
+    counts = {name: int(cells[name]) if cells[name] else None for name in _COUNTS}
+    text = {name: cells[name] for name in COLUMNS if name not in {*whole, *numbers, *maybe, *counts}}
+    return Row(**text, **whole, **numbers, **maybe, **counts)  # type: ignore[arg-type]
 
 
 class Table:

@@ -8,99 +8,35 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
 from data_shards.progress import progress
 from trainer.callbacks.panels import to_uint8
-from trainer.evaluation.answers import Score, answer_image, asked_of, dense, follow, score_image, score_sequence
-from trainer.evaluation.cases import (
-    ImageCase,
-    Part,
-    SequenceCase,
-    ShardStack,
-    Thing,
-    evenly,
-    image_cases,
-    read_image,
-    sequence_cases,
-    things_of,
+from trainer.evaluation.answers import (
+    Score,
+    answers,
+    asked_of,
+    dense,
+    encoded,
+    follow,
+    score_image,
+    score_sequence,
 )
-from trainer.evaluation.protocol import COPY, DIRECT, OWN, TRUTH, Kind, Loaded, SetSpec, fingerprint
-from trainer.evaluation.rows import Place, Row, Table, read
-from trainer.evaluation.sources import Models, computed_by
-from trainer.evaluation.text import left_aside_note
+from trainer.evaluation.cases import ImageCase, Part, SequenceCase, ShardStack, Thing, places_of, read_image
+from trainer.evaluation.jobs import Job, jobs_of, still_valid
+from trainer.evaluation.noise import moved
+from trainer.evaluation.protocol import COPY, DIRECT, TRUTH, Kind, Loaded
+from trainer.evaluation.rows import Place, Row, Table
+from trainer.evaluation.selection import Object, Selected, select
+from trainer.evaluation.sources import Models
+from trainer.evaluation.words import find, find_in_slices
 from trainer.report.panels import Panel, save_panels
 from trainer.volumes.asked import Asked
-
-Object = tuple[str, str, int]
-"""Case, term, and position of the target in its image (−1 in a volume)."""
-
-
-@dataclass(frozen=True)
-class Selected:
-    """The cases of a set that are evaluated.
-
-    Attributes:
-        spec: The set.
-        shards: Its folder.
-        images: Its images, of a set of images.
-        sequences: Its volumes or videos, each with the objects that are followed.
-        pictures: Objects that are kept as pictures.
-        left_out: Objects that cannot be followed, as (case, term).
-    """
-
-    spec: SetSpec
-    shards: ShardDataset
-    images: list[ImageCase]
-    sequences: list[tuple[SequenceCase, list[Thing]]]
-    pictures: list[Object]
-    left_out: list[tuple[str, str]]
-
-    @property
-    def cases(self) -> int:
-        """Number of images, volumes or videos."""
-        return len(self.images) + len(self.sequences)
-
-    @property
-    def objects(self) -> set[Object]:
-        """What is asked for in these cases."""
-        found = {(case.key, thing.term, -1) for case, things in self.sequences for thing in things}
-        return found | {one for image in self.images for one in self.in_image(image)}
-
-    def in_image(self, image: ImageCase) -> list[Object]:
-        """What is asked for in an image."""
-        targets = self.shards.index.targets(image.position)
-        return [(image.key, targets[place][0], place) for place in image.targets]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One model on one set, with one kind of first mask.
-
-    Attributes:
-        selected: The set.
-        model: Name of the model.
-        initial: Who makes the first mask, by name; empty for images.
-        made_by: Stands for all that the answers depend on; behind the dash for the versions that compute them.
-        copied_by: The same for the baseline, which depends on the first mask alone.
-    """
-
-    selected: Selected
-    model: str
-    initial: str
-    made_by: str
-    copied_by: str
-
-    @property
-    def copy_of(self) -> str:
-        """Whose first mask the baseline repeats."""
-        return f"{DIRECT} to {self.model}" if self.initial == DIRECT else self.initial
 
 
 @dataclass
@@ -134,7 +70,7 @@ class Evaluation:
         computed = 0
         with progress() as bar:
             for job in self.jobs:
-                how = f" from {job.initial}" if job.initial not in ("", job.model) else ""
+                how = "" if job.initial in ("", job.model) else " by text" if job.in_words else f" from {job.initial}"
                 name = f"{job.model}{how} · {job.selected.spec.title} ({job.selected.spec.kind})"
                 task = bar.add_task(name, total=job.selected.cases)
                 for work in self._work(job):
@@ -147,7 +83,7 @@ class Evaluation:
     def panel(self, job: Job, thing: Object) -> Path:
         """Where the picture of an object is kept."""
         name = hashlib.sha256("\n".join(map(str, thing)).encode()).hexdigest()[:12]
-        return self.out / "panels" / f"{job.made_by}-{name}.npz"
+        return self.out / "panels" / f"{job.made_by[0.0]}-{name}.npz"
 
     def _add(self, rows: list[Row]) -> None:
         new = [row for row in rows if (row.model, row.initial, row.made_by, row.place) not in self._known]
@@ -159,8 +95,9 @@ class Evaluation:
 
     def _done(self, job: Job, things: Sequence[Object]) -> bool:
         title = job.selected.spec.title
-        wanted = {(job.model, job.initial, job.made_by, (title, *thing)) for thing in things}
-        if job.initial:
+        marks = job.made_by.values()
+        wanted = {(job.model, job.initial, mark, (title, *thing)) for thing in things for mark in marks}
+        if job.copied:
             wanted |= {(COPY, job.copy_of, job.copied_by, (title, *thing)) for thing in things}
         shown = [thing for thing in things if thing in job.selected.pictures]
         return wanted <= self._known and all(self.panel(job, thing).is_file() for thing in shown)
@@ -176,24 +113,59 @@ class Evaluation:
             yield None if done else lambda case=case, things=things: self._sequence(job, case, things)  # type: ignore[misc]
 
     def _image(self, job: Job, case: ImageCase) -> list[Row]:
-        """Answer all targets of an image."""
-        spec, shards, protocol = job.selected.spec, job.selected.shards, self.loaded.protocol
-        triplet, image = shards[case.position], read_image(shards, case.position)
-        targets = [triplet.targets[place] for place in case.targets]
-        truths = [target.mask() != 0 for target in targets]
-        asked = [asked_of(truth, str(row), 0, spec) for row, truth in enumerate(truths)]
-        model = self.models[job.model]
-        start = time.perf_counter()
-        masks = answer_image(model, image, asked, protocol.at_once, protocol.precision)
-        seconds = (time.perf_counter() - start) / len(targets)
+        """Answer all targets of an image, or all of its terms."""
+        spec, shards = job.selected.spec, job.selected.shards
+        triplet, things = shards[case.position], job.selected.in_image(case)
+        places = [places_of(triplet.targets, term) if spec.by_term else [place] for _, term, place in things]
+        drawn = [[triplet.targets[place].mask() != 0 for place in some] for some in places]
+        truths = [np.logical_or.reduce(masks) for masks in drawn]
+        if job.in_words:
+            module, start = self.models.in_words(job.model), time.perf_counter()
+            found = find(module, shards, case.position, [term for _, term, _ in things], self.loaded.protocol.precision)
+            answered = {0.0: (list(found), (time.perf_counter() - start) / len(things))}
+            asked: list[list[Asked]] = [[] for _ in things]
+        else:
+            asked = [[asked_of(mask, "", 0, spec) for mask in masks] for masks in drawn]
+            answered = self._answered(job, case, places, drawn, asked)
         rows = []
-        for place, target, truth, mask, one in zip(case.targets, targets, truths, masks, asked, strict=True):
-            score = score_image(mask, truth, triplet.provenance.spacing, spec)
-            thing = (case.key, target.term, place)
-            rows.append(_row(job, case.position, thing, score, seconds, job.made_by))
-            if thing in job.selected.pictures:
-                self._keep(job, thing, to_uint8(image.numpy()), truth, mask, one, case.key)
+        for level, (masks, seconds) in answered.items():
+            for thing, truth, mask, some in zip(things, truths, masks, asked, strict=True):
+                score = score_image(mask, truth, triplet.provenance.spacing, spec)
+                rows.append(_row(job, (case.position, triplet.provenance.axis), thing, score, seconds, level))
+                if thing in job.selected.pictures and not level:
+                    self._keep(job, thing, to_uint8(read_image(shards, case.position).numpy()), truth, mask, some)
         return rows
+
+    def _answered(
+        self,
+        job: Job,
+        case: ImageCase,
+        places: list[list[int]],
+        drawn: list[list[np.ndarray]],
+        asked: list[list[Asked]],
+    ) -> dict[float, tuple[list[np.ndarray], float]]:
+        """For each level of noise the masks of an image's objects, and seconds an object; it is encoded once."""
+        protocol, model, found = self.loaded.protocol, self.models[job.model], {}
+        image, owners = (
+            read_image(job.selected.shards, case.position),
+            np.repeat(range(len(asked)), list(map(len, asked))),
+        )
+        start = time.perf_counter()
+        features = encoded(model, image, protocol.precision)
+        encoding = time.perf_counter() - start
+        size = (int(image.shape[1]), int(image.shape[2]))
+        terms = job.selected.shards.index.targets(case.position)
+        for level in job.made_by:
+            flat = [
+                moved(one, mask, level, (case.key, terms[place][0], place))
+                for some, masks, spots in zip(asked, drawn, places, strict=True)
+                for one, mask, place in zip(some, masks, spots, strict=True)
+            ]
+            start = time.perf_counter()
+            parts = answers(model, features, size, flat, protocol.at_once, protocol.precision)
+            seconds = (encoding + time.perf_counter() - start) / len(asked)
+            found[level] = ([parts[owners == owner].any(0) for owner in range(len(asked))], seconds)
+        return found
 
     def _sequence(self, job: Job, case: SequenceCase, things: Sequence[Thing]) -> list[Row]:
         """Follow all objects of a volume or video; those with the same ends together."""
@@ -203,17 +175,28 @@ class Evaluation:
             groups.setdefault((thing.first, thing.last), []).append(thing)
         rows: list[Row] = []
         for (first, last), some in groups.items():
-            rows += self._followed(job, Part(stack, first, last), some)
+            part = Part(stack, first, last)
+            for level in job.made_by:
+                rows += self._found(job, part, some) if job.in_words else self._followed(job, part, some, level)
         return rows
 
-    def _followed(self, job: Job, part: Part, things: Sequence[Thing]) -> list[Row]:
+    def _found(self, job: Job, part: Part, things: Sequence[Thing]) -> list[Row]:
+        """Ask for terms in every slice."""
+        module, start = self.models.in_words(job.model), time.perf_counter()
+        masks = find_in_slices(module, part, [thing.term for thing in things], self.loaded.protocol.precision)
+        seconds = (time.perf_counter() - start) / len(things)
+        return [self._scored(job, part, *pair, seconds) for pair in zip(things, masks, strict=True)]
+
+    def _followed(self, job: Job, part: Part, things: Sequence[Thing], level: float) -> list[Row]:
+        """Follow objects from the slice on which they are shown."""
         spec, protocol, stack = job.selected.spec, self.loaded.protocol, part.whole
         asked = []
         for thing in things:
-            one = asked_of(stack.truth(thing.term, thing.shown), thing.term, thing.shown - part.first, spec)
+            truth = stack.truth(thing.term, thing.shown)
+            one = asked_of(truth, thing.term, thing.shown - part.first, spec)
             if job.initial == TRUTH and one.mask is None:
-                one = Asked(one.name, one.slice, mask=stack.truth(thing.term, thing.shown))
-            asked.append(one)
+                one = Asked(one.name, one.slice, mask=truth)
+            asked.append(moved(one, truth, level, (stack.name, thing.term, -1)))
         model = self.models[job.model]
         initial = None if job.initial in (TRUTH, DIRECT) else self.models[job.initial]
         start = time.perf_counter()
@@ -221,28 +204,44 @@ class Evaluation:
         seconds = (time.perf_counter() - start) / len(things)
         rows = []
         for thing, one, slices in zip(things, asked, found, strict=True):
-            prediction, truth = dense(slices), part.truth(thing.term)
-            named = (stack.name, thing.term, -1)
-            score = score_sequence(prediction, truth, part, thing, spec)
-            rows.append(_row(job, stack.positions[0], named, score, seconds, job.made_by, thing))
-            repeated = np.broadcast_to(prediction[one.slice], prediction.shape)
-            score = score_sequence(repeated, truth, part, thing, spec)
-            rows.append(_row(job, stack.positions[0], named, score, 0.0, job.copied_by, thing, COPY))
-            if named in job.selected.pictures:
-                number = _looked_at(thing)
-                image = to_uint8(stack.image(number).numpy())
-                key = f"{stack.name}, slice {number} (shown: {thing.shown})"
-                place = number - part.first
-                self._keep(job, named, image, truth[place], prediction[place], Asked(thing.term, number), key)
+            prediction = dense(slices)
+            rows.append(self._scored(job, part, thing, prediction, seconds, level))
+            if not level:
+                repeated = np.broadcast_to(prediction[one.slice], prediction.shape)
+                score = score_sequence(repeated, part.truth(thing.term), part, thing, spec)
+                named = (stack.name, thing.term, -1)
+                rows.append(_row(job, (stack.positions[0], stack.plane), named, score, 0.0, 0.0, thing, copy=True))
         return rows
 
+    def _scored(
+        self, job: Job, part: Part, thing: Thing, prediction: np.ndarray, seconds: float, level: float = 0.0
+    ) -> Row:
+        """The row of an object in a volume or video, whose picture may be kept."""
+        stack, truth = part.whole, part.truth(thing.term)
+        named = (stack.name, thing.term, -1)
+        if named in job.selected.pictures and not level:
+            number = _looked_at(thing)
+            key = f"{stack.name}, slice {number} (shown: {thing.shown})"
+            place = number - part.first
+            self._keep(job, named, to_uint8(stack.image(number).numpy()), truth[place], prediction[place], [], key)
+        score = score_sequence(prediction, truth, part, thing, job.selected.spec)
+        return _row(job, (stack.positions[0], stack.plane), named, score, seconds, level, thing)
+
     def _keep(
-        self, job: Job, thing: Object, image: np.ndarray, truth: np.ndarray, mask: np.ndarray, one: Asked, key: str
+        self,
+        job: Job,
+        thing: Object,
+        image: np.ndarray,
+        truth: np.ndarray,
+        mask: np.ndarray,
+        asked: Sequence[Asked],
+        key: str = "",
     ) -> None:
-        """Keep an object as a picture; prompts of another slice are not drawn."""
-        box = np.array(one.box or (np.nan,) * 4, np.float32)
-        points = np.array(one.points, np.float32).reshape(-1, 3)
-        panel = Panel(key, thing[1], image, truth.astype(np.uint8), mask.astype(np.uint8), box, points)
+        """Keep an object as a picture; prompts of another slice are not drawn, nor are several boxes."""
+        boxes = [one.box for one in asked if one.box is not None]
+        box = np.array(boxes[0] if len(boxes) == 1 else (np.nan,) * 4, np.float32)
+        points = np.array([point for one in asked for point in one.points], np.float32).reshape(-1, 3)
+        panel = Panel(key or thing[0], thing[1], image, truth.astype(np.uint8), mask.astype(np.uint8), box, points)
         save_panels(self.panel(job, thing), [panel])
 
 
@@ -257,113 +256,42 @@ def prepare(loaded: Loaded, out: Path, only: Kind | None, limit: int | None, dev
         device: Where models compute.
 
     Raises:
-        UserError: A folder, run or recipe is missing, a set has no cases, or results of something else are in the way.
+        UserError: A folder, run or recipe is missing, a set has no cases, a model cannot be asked as a set asks, or
+            results of something else are in the way.
     """
     protocol, models = loaded.protocol, Models(loaded, device)
-    identities = {name: models.identity(name) for name in loaded.models}
+    for name in loaded.models:  # what is missing is said before any shard is opened
+        models.identity(name)
     specs = [spec for spec in protocol.sets if only in (None, spec.kind)]
     if not specs:
         raise UserError(f"{loaded.path}: it has no set of kind {only}")
-    chosen = [_selected(spec, limit, protocol.pictures, str(loaded.path)) for spec in specs]
-    jobs: dict[tuple[str, str, str, str], Job] = {}
-    for one in chosen:
-        for model in loaded.models:
-            for initial in one.spec.initials:
-                name = model if initial == OWN else initial
-                place = (one.spec.title, one.spec.kind, model, name)
-                jobs.setdefault(place, _job(one, model, name, identities, protocol.precision))
-    kept, left_aside = _still_valid(loaded, out, list(jobs.values()))
-    return Evaluation(loaded, out, models, chosen, list(jobs.values()), Table(out / "per_case.csv", kept), left_aside)
-
-
-def _selected(spec: SetSpec, limit: int | None, pictures: int, where: str) -> Selected:
-    limits = [bound for bound in (spec.limit, limit) if bound is not None]
-    most = min(limits) if limits else None
-    try:
-        shards = ShardDataset(spec.folder)
-        if spec.kind == "2d":
-            images = image_cases(shards.index, spec.terms, most)
-            found = Selected(spec, shards, images, [], [], [])
-            return replace(found, pictures=[found.in_image(image)[0] for image in evenly(images, pictures)])
-        sequences, left_out = [], []
-        for case in sequence_cases(shards.index, spec.terms, most):
-            things, without = things_of(case, spec.kind, spec.extent == "volume")
-            left_out += [(case.key, term) for term in without]
-            if things:
-                sequences.append((case, things))
-    except UserError as error:
-        raise UserError(f"{where}: set '{spec.title}': {error}") from None
-    if not sequences:
-        raise UserError(
-            f"{where}: set '{spec.title}': every object of it is in one slice alone, so there is nothing to follow: "
-            "kind 2d takes these, or set extent to volume"
-        )
-    followed = [(case.key, thing.term, -1) for case, things in sequences for thing in things]
-    return Selected(spec, shards, [], sequences, evenly(followed, pictures), left_out)
-
-
-def _job(selected: Selected, model: str, initial: str, identities: dict[str, dict[str, object]], precision: str) -> Job:
-    """A job, with what its answers depend on; titles, limits and terms only say which cases are asked for."""
-    spec = selected.spec
-    asked = {
-        "scores": ["dsc", "iou", "nsd", "hd95"],  # rows of an earlier version lack some
-        "index": selected.shards.index.sha256,
-        **{name: getattr(spec, name) for name in ("kind", "prompt", "margin", "extent", "tolerance", "unit")},
-        "precision": precision,
-    }
-    first = identities.get(model if initial == DIRECT else initial, {})
-    with_them = fingerprint(computed_by())
-    return Job(
-        selected,
-        model,
-        initial,
-        made_by=f"{fingerprint(asked, identities[model], first, {'direct': initial == DIRECT})}-{with_them}",
-        copied_by=f"{fingerprint(asked, COPY, first, {'direct': initial == DIRECT})}-{with_them}",
-    )
-
-
-def _still_valid(loaded: Loaded, out: Path, jobs: Sequence[Job]) -> tuple[list[Row], str]:
-    """Rows of an earlier evaluation that this protocol would make again, and why others are left aside."""
-    known: dict[tuple[str, ...], str] = {}
-    for job in jobs:
-        place = (job.selected.spec.title, job.selected.spec.kind)
-        known[job.model, job.initial, *place] = job.made_by
-        known[COPY, job.copy_of, *place] = job.copied_by
-    here = {(job.selected.spec.title, job.selected.spec.kind) for job in jobs}
-    others = {(spec.title, spec.kind) for spec in loaded.protocol.sets} - here
-    names = {*loaded.models, COPY}
-    kept, older, changed, unasked = [], 0, 0, 0
-    for row in read(out / "per_case.csv"):
-        mine = known.get((row.model, row.initial, row.set, row.kind), "")
-        # sets that this call leaves out, with --only, are checked when their turn comes
-        if mine == row.made_by or ((row.set, row.kind) in others and row.model in names):
-            kept.append(row)
-        elif not mine:
-            unasked += 1
-        elif mine.partition("-")[0] == row.made_by.partition("-")[0]:
-            older += 1
-        else:
-            changed += 1
-    return kept, left_aside_note(older, changed, unasked)
+    models.check(specs)
+    chosen = [select(spec, limit, protocol.pictures, str(loaded.path)) for spec in specs]
+    jobs = jobs_of(loaded, models, chosen)
+    kept, left_aside = still_valid(loaded, out, jobs)
+    return Evaluation(loaded, out, models, chosen, jobs, Table(out / "per_case.csv", kept), left_aside)
 
 
 def _row(
     job: Job,
-    position: int,
+    source: tuple[int, str],
     thing: Object,
     score: Score,
     seconds: float,
-    made_by: str,
+    level: float,
     place: Thing | None = None,
-    model: str = "",
+    copy: bool = False,
 ) -> Row:
+    """One object's row; the source is the position of its image, or of the first slice, and their plane."""
     spec, index = job.selected.spec, job.selected.shards.index
+    position, plane = source
+    steps = float((index.row_spacing if spec.kind == "2d" else index.slice_spacing)[position])
     return Row(
-        model=model or job.model,
-        initial=job.copy_of if model else job.initial,
+        model=COPY if copy else job.model,
+        initial=job.copy_of if copy else job.initial,
         set=spec.title,
         kind=spec.kind,
-        prompt=spec.prompt,
+        prompt=job.prompt,
         dataset=str(index.datasets[index.dataset[position]]),
         modality=str(index.modalities[index.modality[position]]),
         case=thing[0],
@@ -372,14 +300,12 @@ def _row(
         shown=place.shown if place else -1,
         first=place.first if place else -1,
         slices=place.last - place.first + 1 if place else 1,
-        dsc=score.dsc,
-        iou=score.iou,
-        nsd=score.nsd,
-        hd95=score.hd95,
-        dsc_unprompted=score.dsc_unprompted,
-        tolerance=score.tolerance,
         seconds=seconds,
-        made_by=made_by,
+        made_by=job.copied_by if copy else job.made_by[level],
+        plane=plane,
+        spacing=steps if np.isfinite(steps) else None,
+        noise=level,
+        **asdict(score),
     )
 
 

@@ -5,18 +5,20 @@ Shapes: N objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.protocol import COPY
+from trainer.evaluation.protocol import COPY, TEXT
 from trainer.evaluation.rows import Place, Row
-from trainer.report.statistics import Comparison, compare
+from trainer.report.statistics import Comparison, ci95_of, compare, quartiles
 
-METRICS = {"dsc": "DSC", "nsd": "NSD", "dsc_unprompted": "DSC, other slices"}
+METRICS = {"dsc": "DSC", "nsd": "NSD", "hd95": "HD95", "dsc_unprompted": "DSC, other slices"}
 """Scores that the tables show, and what they call them."""
+DISTANCES = ("hd95",)
+"""Those that are infinite where one of the masks is empty, and so have no mean."""
 ALL = "all"
 
 Line = tuple[str, str]
@@ -29,10 +31,13 @@ class Section:
 
     Attributes:
         kind: ``2d``, ``3d`` or ``video``.
-        prompt: ``box``, ``point`` or ``mask``.
+        prompt: ``box``, ``point``, ``mask`` or ``text``; a model that takes words alone is asked by text in any case.
         sets: Names of the sets.
         rows: Of each line the rows of those objects that all lines have, in the same order.
         partial: Objects that some line lacks, which are left out.
+        by_term: Whether all of a term in an image is one object.
+        noisy: For each level of noise, 0 among them, of each line the rows of those objects that all of these have;
+            empty where none was asked for.
     """
 
     kind: str
@@ -40,6 +45,13 @@ class Section:
     sets: tuple[str, ...]
     rows: dict[Line, list[Row]]
     partial: int
+    by_term: bool = False
+    noisy: dict[float, dict[Line, list[Row]]] = field(default_factory=dict)
+
+    @property
+    def objects(self) -> list[Row]:
+        """A row of each object, whatever it says of the answers."""
+        return next(iter(self.rows.values()), [])
 
     @property
     def modalities(self) -> list[str]:
@@ -57,7 +69,9 @@ class Section:
         return sorted({row.tolerance for rows in self.rows.values() for row in rows})
 
 
-def section_of(kind: str, prompt: str, sets: Sequence[str], lines: Sequence[Line], rows: Iterable[Row]) -> Section:
+def section_of(
+    kind: str, prompt: str, sets: Sequence[str], lines: Sequence[Line], rows: Iterable[Row], by_term: bool = False
+) -> Section:
     """Bring together what every line has.
 
     Args:
@@ -65,28 +79,56 @@ def section_of(kind: str, prompt: str, sets: Sequence[str], lines: Sequence[Line
         prompt: Of the sets.
         sets: Names of the sets.
         lines: In the order of the table; those without a row are left out.
-        rows: Of one kind; others may be among them.
+        rows: Of one kind; others may be among them, such as those with noise.
+        by_term: Whether all of a term in an image is one object.
     """
-    found: dict[Line, dict[Place, Row]] = {line: {} for line in lines}
+    found: dict[float, dict[Line, dict[Place, Row]]] = {0.0: {line: {} for line in lines}}
     for row in rows:
-        if row.set in sets and row.kind == kind and (row.model, row.initial) in found:
-            found[row.model, row.initial][row.place] = row
-    present = {line: mine for line, mine in found.items() if mine}
-    every = set().union(*present.values())
-    common = sorted(every.intersection(*present.values())) if present else []
-    chosen = {line: [mine[place] for place in common] for line, mine in present.items()}
-    return Section(kind, prompt, tuple(sets), chosen, len(every) - len(common))
+        line = (row.model, row.initial)
+        if row.set in sets and row.kind == kind and line in found[0.0]:
+            found.setdefault(row.noise, {}).setdefault(line, {})[row.place] = row
+    present = {line: mine for line, mine in found[0.0].items() if mine}
+    chosen, every = _common(present)
+    left_out = every - len(next(iter(chosen.values()), []))
+    return Section(kind, prompt, tuple(sets), chosen, left_out, by_term, _noisy(found))
+
+
+def _common(found: Mapping[Any, Mapping[Place, Row]]) -> tuple[dict[Any, list[Row]], int]:
+    """Of each line the rows of what all lines have, in the same order, and how many objects some have."""
+    every = set().union(*found.values())
+    common = sorted(every.intersection(*found.values())) if found else []
+    return {line: [mine[place] for place in common] for line, mine in found.items()}, len(every)
+
+
+def _noisy(found: Mapping[float, Mapping[Line, Mapping[Place, Row]]]) -> dict[float, dict[Line, list[Row]]]:
+    """Rows at every level of the lines that were asked at all of them, on the same objects."""
+    levels = sorted(found)
+    lines = [line for line in found[0.0] if all(found[level].get(line) for level in levels)]
+    if len(levels) < 2 or not lines:
+        return {}
+    rows, _ = _common({(level, line): found[level][line] for level in levels for line in lines})
+    return {level: {line: rows[level, line] for line in lines} for level in levels}
 
 
 @dataclass(frozen=True)
 class Figures:
-    """How one score is spread: number, mean, median and quartiles."""
+    """How one score is spread.
+
+    Attributes:
+        n: Number of scores.
+        mean: Their mean; None of distances.
+        q1: Lower quartile.
+        median: Median.
+        q3: Upper quartile.
+        infinite: How many are infinite; quartiles count them as larger than all others.
+    """
 
     n: int
-    mean: float
+    mean: float | None
     q1: float
     median: float
     q3: float
+    infinite: int = 0
 
 
 def figures(rows: Sequence[Row], metric: str, modality: str = ALL) -> Figures | None:
@@ -94,8 +136,16 @@ def figures(rows: Sequence[Row], metric: str, modality: str = ALL) -> Figures | 
     values = _values([row for row in rows if modality in (ALL, row.modality)], metric)
     if not len(values):
         return None
-    low, median, high = (float(value) for value in np.percentile(values, [25, 50, 75]))
-    return Figures(len(values), float(values.mean()), low, median, high)
+    infinite = int(np.isinf(values).sum())
+    low, median, high = quartiles(values)
+    return Figures(len(values), None if metric in DISTANCES else float(values.mean()), low, median, high, infinite)
+
+
+def intervals(rows: Sequence[Row], metric: str) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
+    """95 % confidence intervals of mean and median, of distances of the median alone; see `ci95_of`."""
+    values = _values(rows, metric)
+    mean = None if metric in DISTANCES else ci95_of(values, "mean")
+    return mean, ci95_of(values, "median")
 
 
 @dataclass(frozen=True)
@@ -113,6 +163,8 @@ def differences(section: Section) -> list[Difference]:
     lines, found = list(section.rows), []
     models = [line for line in lines if line[0] != COPY]
     for metric in section.metrics:
+        if metric in DISTANCES:  # infinite ones have no difference: `trainer compare --metric hd95` compares ranks
+            continue
         pairs = [(line, models[0]) for line in models[1:]]
         pairs += [(line, copy) for line in models if (copy := copy_of(line)) in section.rows]
         for line, against in pairs:
@@ -135,6 +187,8 @@ def label(line: Line) -> str:
         return f"first mask repeated ({initial})"
     if initial in ("", model):
         return model
+    if initial == TEXT:
+        return f"{model}, by text"
     return f"{model}, prompted directly" if initial == "prompt" else f"{model}, from {_whose(initial)}"
 
 
@@ -162,6 +216,8 @@ def _section(section: Section) -> dict[str, Any]:
             modality: {m: asdict(f) for m in section.metrics if (f := figures(rows, m, modality)) is not None}
             for modality in (ALL, *section.modalities)
         }
+        for metric, found in scores[ALL].items():
+            found["mean_ci95"], found["median_ci95"] = intervals(rows, metric)
         seconds = float(np.mean([row.seconds for row in rows])) if rows and line[0] != COPY else None
         lines.append({"model": line[0], "initial": line[1], "seconds": seconds, "scores": scores})
     compared = [
@@ -174,7 +230,7 @@ def _section(section: Section) -> dict[str, Any]:
         "prompt": section.prompt,
         "sets": list(section.sets),
         "tolerances": section.tolerances,
-        "objects": len(next(iter(section.rows.values()), [])),
+        "objects": len(section.objects),
         "objects_not_answered_by_all": section.partial,
         "lines": lines,
         "differences": compared,

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from data_shards.errors import counted
-from trainer.evaluation.protocol import COPY
+from trainer.evaluation.curves import noise_tables
+from trainer.evaluation.lesions import lesion_tables
+from trainer.evaluation.protocol import COPY, TEXT
 from trainer.evaluation.rows import Row
-from trainer.evaluation.tables import ALL, METRICS, Line, Section, differences, figures, label
+from trainer.evaluation.sizes import size_tables
+from trainer.evaluation.subgroups import subgroup_tables
+from trainer.evaluation.tables import ALL, DISTANCES, METRICS, Line, Section, differences, figures, intervals, label
+from trainer.evaluation.told import Cells, Told, markdown_table
 from trainer.report.markup import UNKNOWN, interval, p_value, score, signed
 
 TITLES = {"2d": "Images", "3d": "Volumes", "video": "Videos"}
@@ -17,8 +22,11 @@ _HOW = {
     "video": "each object of a video on its first frame; it is followed from there",
 }
 _PROMPTS = {"box": "A tight box shows", "point": "The point farthest from the border shows", "mask": "The mask shows"}
-
-Cells = list[str]
+_BY_TEXT = {
+    "2d": "its term in each image, and the instances that it finds are united",
+    "3d": "its term in each slice, and the instances that it finds are united",
+    "video": "its term in each frame, and the instances that it finds are united",
+}
 
 
 def heading(section: Section) -> str:
@@ -28,16 +36,30 @@ def heading(section: Section) -> str:
 
 def note(section: Section) -> str:
     """How a section's objects were asked for and scored."""
-    count = counted(len(next(iter(section.rows.values()), [])), "object")
+    count = counted(len(section.objects), "object")
     how = "frame by frame, averaged" if section.kind == "video" else "in 3D" if section.kind == "3d" else "in 2D"
-    words = [
-        f"{_PROMPTS[section.prompt]} {_HOW[section.kind]}: {count}, the same for all.",
+    words = [f"{_asked(section)}: {count}, the same for all."]
+    if section.prompt != TEXT and any(initial == TEXT for _, initial in section.rows):
+        words.append(f"A model that is asked by text gets no more than {_BY_TEXT[section.kind]}.")
+    words += [
         "Mean; median (quartiles). Each object counts once, also where several are of one volume.",
         f"NSD {how}: share of both surfaces within {' or '.join(section.tolerances)} of the other.",
     ]
+    if "hd95" in section.metrics:
+        units = " or ".join(dict.fromkeys(tolerance.rpartition(" ")[2] for tolerance in section.tolerances))
+        words.append(f"HD95 in {units}, infinite where a mask is empty: median (quartiles), the infinite ones counted.")
     if section.partial:
         words.append(f"{counted(section.partial, 'object')} that not all have answered yet left out.")
     return " ".join(words)
+
+
+def _asked(section: Section) -> str:
+    """What a model is shown."""
+    if section.prompt == TEXT:
+        return f"A model gets of each object {_BY_TEXT[section.kind]}"
+    if section.kind == "2d" and section.by_term:
+        return f"{_PROMPTS[section.prompt]} each target of a term in an image, and the answers are united"
+    return f"{_PROMPTS[section.prompt]} {_HOW[section.kind]}"
 
 
 def score_table(section: Section, metric: str) -> tuple[Cells, list[Cells]]:
@@ -57,22 +79,57 @@ def _figures_cell(rows: Sequence[Row], metric: str, modality: str) -> str:
     found = figures(rows, metric, modality)
     if found is None:
         return UNKNOWN
+    if metric in DISTANCES:
+        cell = f"{distance(found.median)} ({distance(found.q1)}–{distance(found.q3)})"
+        return f"{cell}, {found.infinite:,} ∞" if found.infinite else cell
     return f"{score(found.mean)}; {score(found.median)} ({score(found.q1)}–{score(found.q3)})"
+
+
+def distance(value: float) -> str:
+    """A distance that may be infinite."""
+    return "∞" if value == float("inf") else f"{value:.1f}"
+
+
+def interval_table(section: Section) -> tuple[Cells, list[Cells]]:
+    """Columns and lines of mean and median of all objects with their 95 % confidence intervals."""
+    shown = [
+        (metric, what)
+        for metric in section.metrics
+        for what in ("mean", "median")
+        if what == "median" or metric not in DISTANCES
+    ]
+    columns = ["95 % CI", *(f"{METRICS[metric]}, {what}" for metric, what in shown)]
+    lines = []
+    for line, rows in section.rows.items():
+        cells = []
+        for metric, what in shown:
+            found, say = figures(rows, metric), distance if metric in DISTANCES else score
+            mean, median = intervals(rows, metric)
+            bounds = mean if what == "mean" else median
+            if found is None:
+                cells.append(UNKNOWN)
+                continue
+            value = found.median if what == "median" else found.mean
+            assert value is not None
+            cells.append(say(value) + (f" ({say(bounds[0])}–{say(bounds[1])})" if bounds else ""))
+        lines.append([label(line), *cells])
+    return columns, lines
 
 
 def difference_table(section: Section) -> tuple[Cells, list[Cells]]:
     """Columns and lines of the paired differences; no lines where there is one model alone."""
     lines: dict[tuple[Line, Line], dict[str, str]] = {}
+    shown = [metric for metric in section.metrics if metric not in DISTANCES]
     for one in differences(section):
         found = one.found
         bounds = f" ({interval(found.gain_ci95)})" if found.gain_ci95 else ""
         chance = f", {p_value(found.p_value)}" if found.p_value is not None else ""
         lines.setdefault((one.line, one.against), {})[one.metric] = f"{signed(found.gain)}{bounds}{chance}"
     rows = [
-        [label(line), label(against), *(cells.get(metric, UNKNOWN) for metric in section.metrics)]
+        [label(line), label(against), *(cells.get(metric, UNKNOWN) for metric in shown)]
         for (line, against), cells in lines.items()
     ]
-    return ["Difference (95 % CI)", "against", *(METRICS[metric] for metric in section.metrics)], rows
+    return ["Difference (95 % CI)", "against", *(METRICS[metric] for metric in shown)], rows
 
 
 def left_out_note(left_out: Sequence[tuple[str, str, str]]) -> str:
@@ -104,29 +161,40 @@ def left_aside_note(older: int, changed: int, unasked: int) -> str:
     return f"{total} left aside: {why}" if why else ""
 
 
-def in_short(sections: Sequence[Section], left_out: Sequence[tuple[str, str, str]]) -> str:
-    """The tables of the scores, for a terminal."""
+def more_tables(section: Section, by: Sequence[str] | None) -> list[Told]:
+    """What the scores alone do not say: subgroups, sizes, lesions and noise."""
+    return [*subgroup_tables(section, by), *size_tables(section), *lesion_tables(section), *noise_tables(section)]
+
+
+def in_short(
+    sections: Sequence[Section], left_out: Sequence[tuple[str, str, str]], by: Sequence[str] | None = None
+) -> str:
+    """The tables of the scores, for a terminal; those of subgroups where they were asked for."""
     parts = []
     for section in sections:
-        tables = [markdown_table(*score_table(section, metric)) for metric in section.metrics if metric != "nsd"]
+        shown = [metric for metric in section.metrics if metric not in ("nsd", *DISTANCES)]
+        tables = [markdown_table(*score_table(section, metric)) for metric in shown]
         parts += [f"{heading(section)} (mean; median and quartiles)", *tables]
+        more = [*(subgroup_tables(section, by) if by else []), *lesion_tables(section), *noise_tables(section)]
+        parts += [f"{one.title}\n\n{markdown_table(one.columns, one.lines)}" for one in more]
     return "\n\n".join(part for part in (*parts, left_out_note(left_out)) if part)
 
 
-def markdown(name: str, question: str, sections: Sequence[Section], left_out: Sequence[tuple[str, str, str]]) -> str:
+def markdown(
+    name: str,
+    question: str,
+    sections: Sequence[Section],
+    left_out: Sequence[tuple[str, str, str]],
+    by: Sequence[str] | None = None,
+) -> str:
     """The tables as Markdown."""
     parts = [f"# {name}", question]
     for section in sections:
         parts += [f"## {heading(section)}", note(section)]
         tables = [score_table(section, metric) for metric in section.metrics]
-        for columns, lines in (*tables, difference_table(section)):
+        for columns, lines in (*tables, interval_table(section), difference_table(section)):
             if lines:
                 parts.append(markdown_table(columns, lines))
+        parts += [one.markdown for one in more_tables(section, by)]
     parts.append(left_out_note(left_out))
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def markdown_table(columns: Cells, lines: Sequence[Cells]) -> str:
-    """A table as Markdown."""
-    rows = [columns, ["---"] * len(columns), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)

@@ -12,6 +12,10 @@ from typing import Literal
 import numpy as np
 
 RESAMPLES = 10_000
+MANY = 2000
+"""Values above which the interval of a mean is not resampled: the bootstrap's is then the normal one."""
+_NORMAL = 1.959964
+"""Standard deviations from the mean to the ends of a normal 95 % interval."""
 _CHUNK = 1_000_000
 """Drawn indices held at once, so that large evaluations fit in memory."""
 
@@ -25,7 +29,7 @@ class Comparison:
         before: Mean before.
         after: Mean after.
         gain: Mean of the differences.
-        gain_ci95: Bootstrap 95 % confidence interval of the mean difference; None with fewer than two pairs.
+        gain_ci95: 95 % confidence interval of the mean difference, see `ci95_of`; None with fewer than two pairs.
         p_value: Two-sided Wilcoxon signed-rank test; None with fewer than two pairs or without any difference.
         rose: Number of pairs that rose.
         fell: Number of pairs that fell.
@@ -61,11 +65,20 @@ def compare(before: np.ndarray, after: np.ndarray, seed: int = 0) -> Comparison:
         before=float(before.mean()),
         after=float(after.mean()),
         gain=float(gains.mean()),
-        gain_ci95=bootstrap_ci95(gains, seed),
+        gain_ci95=ci95_of(gains, "mean", seed),
         p_value=signed_rank(gains),
         rose=int((gains > 0).sum()),
         fell=int((gains < 0).sum()),
     )
+
+
+def quartiles(values: np.ndarray) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of values (N,), N at least 1, which may be infinite."""
+    with np.errstate(invalid="ignore"):
+        found = np.percentile(values, [25, 50, 75])
+    # between a distance and an infinite one nothing can be interpolated
+    low, median, high = np.where(np.isnan(found), np.percentile(values, [25, 50, 75], method="higher"), found)
+    return float(low), float(median), float(high)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -93,6 +106,35 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = min(1.0, max(largest, value * (len(tested) - rank)))
         adjusted[place] = largest
     return adjusted
+
+
+def ci95_of(
+    values: Sequence[float] | np.ndarray, statistic: Literal["mean", "median"], seed: int = 0
+) -> tuple[float, float] | None:
+    """95 % confidence interval of mean or median that is as quick for a hundred thousand values as for a hundred.
+
+    Args:
+        values: (N,) numbers; of a median they may be infinite.
+        statistic: What the interval is of.
+        seed: Of the resamples.
+
+    Returns:
+        The bootstrap's, of the mean of more than `MANY` values the normal one; None if N < 2.
+    """
+    values = np.asarray(values, np.float64)
+    if statistic == "mean" and len(values) > MANY:
+        reach = _NORMAL * float(values.std(ddof=1)) / len(values) ** 0.5
+        return float(values.mean()) - reach, float(values.mean()) + reach
+    infinite = np.isinf(values)
+    if not infinite.any():
+        return bootstrap_ci95(values, seed, statistic)
+    # ranks are all that a median needs: one step above the largest stands for infinity
+    largest = float(values[~infinite].max(initial=0.0)) + 1.0
+    bounds = bootstrap_ci95(np.where(infinite, largest, values), seed, statistic)
+    if bounds is None:
+        return None
+    low, high = (np.inf if bound > largest - 1.0 else bound for bound in bounds)
+    return float(low), float(high)
 
 
 def bootstrap_ci95(
