@@ -43,7 +43,7 @@ from trainer.callbacks.watch import RankWatch
 from trainer.cluster import cluster_of
 from trainer.loggers import TensorBoard, WandB, refuse_unguarded
 from trainer.modules.optimization import check_clipping
-from trainer.recipe import check_class, check_content, check_recipe, explain, names_something_in
+from trainer.recipe import check_class, check_content, check_recipe, explain, names_something_in, refuse_empty
 from trainer.restore import Weights, average_of, check_fit, find_checkpoint, outline_checkpoint, read_checkpoint
 from trainer.resuming import CheckpointFiles, refuse_another_recipe, refuse_to_overwrite, warn_of_other_code
 from trainer.run import Run
@@ -135,6 +135,7 @@ class RecipeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse `args` and nothing else, so without the warning that `sys.argv` is left unused."""
         self.config = parser.parse_args(args)
+        refuse_empty(RecipeParser.recipes, self.config[self.config["subcommand"]].__contains__, RecipeParser.keys)
 
     def before_instantiate_classes(self) -> None:
         """Refuse at once what Lightning would stumble over in the middle of a training.

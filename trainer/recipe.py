@@ -5,9 +5,12 @@ A recipe may name classes only from allowed packages: whoever sends a recipe doe
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
+import operator
 import pydoc
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -209,9 +212,10 @@ def _known_classes(class_path: str) -> str:
 def _classes_of(home: str) -> list[str]:
     """Names of the classes of a module that a recipe can name."""
     module = importlib.import_module(home)
-    names = getattr(module, "__all__", None) or _own_classes(module)
-    found = {name: _find(home, name, missing_packages=True) for name in names}
-    return [name for name, known in found.items() if known is not None and not inspect.isabstract(known)]
+    own = (name for name, found in vars(module).items() if inspect.isclass(found) and found.__module__ == home)
+    names = getattr(module, "__all__", None) or own
+    classes = {name: _find(home, name, missing_packages=True) for name in names}
+    return [name for name, known in classes.items() if known is not None and not inspect.isabstract(known)]
 
 
 def explain(message: str, keys: set[str], recipes: list[str]) -> str:
@@ -256,6 +260,31 @@ def explain(message: str, keys: set[str], recipes: list[str]) -> str:
         return f"{where}'{missing.group(1)}' is missing: give a recipe that has it, with -c RECIPE"
     plain = _plain(re.sub(r'^Parser key "[\w.]+": ', "", text))
     return f"{_file_with(named.group(1), recipes)}key '{named.group(1)}': {plain}" if named else plain
+
+
+def refuse_empty(recipes: list[str], known: Callable[[str], bool], keys: set[str]) -> None:
+    """Refuse unknown keys with nothing below them, which the parser drops without a word.
+
+    Args:
+        recipes: Those that were parsed, in order.
+        known: Whether what they were parsed to has a dotted key.
+        keys: Every dotted key that there is outside of classes' own arguments.
+
+    Raises:
+        UserError: There is one.
+    """
+    contents = [yaml.safe_load(Path(recipe).read_text()) for recipe in recipes]
+    for number, (recipe, content) in enumerate(zip(recipes, contents, strict=True)):
+        later = {key for other in contents[number + 1 :] for key in dotted_keys(other)}
+        for key in dotted_keys(content):
+            places = list(itertools.accumulate(parts := key.split("."), "{}.{}".format))
+            replaced = any(f"{place}.class_path" in later for place in places)  # the class that had it may be gone
+            if functools.reduce(operator.getitem, parts, content) != {} or parts[0] == "cluster" or known(key) or replaced:
+                continue
+            place = next(place for place in places if not known(place))
+            parent, _, last = place.rpartition(".")
+            hint = ": another command takes it" if place in keys else nearest(last, _children(keys, parent))
+            raise UserError(f"recipe {recipe}: unknown key '{place}'{hint}")
 
 
 _WORDS = {
@@ -364,10 +393,6 @@ def _accepted(found: type) -> set[str] | None:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return names
     return None
-
-
-def _own_classes(module: Any) -> list[str]:
-    return [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
 
 
 def _opening(text: str) -> str:

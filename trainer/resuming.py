@@ -100,7 +100,7 @@ def refuse_another_recipe(before: Run, recipe: str, checkpoint: Mapping[str, Any
     data = [_fixed_data(recipe) for recipe in (then, now)]
     for key in data[0].keys() | data[1].keys():
         changed[key] = [values.get(key, ABSENT) for values in data]
-    changed = {key: both for key, both in sorted(changed.items()) if fixes_a_training(key) and both[0] != both[1]}
+    changed = {key: both for key, both in sorted(changed.items()) if fixes_a_training(key) and _differ(*both)}
     unclear = {key for key, both in changed.items() if ABSENT in both} if _code_changes(checkpoint) else set()
     for key, (old, new) in changed.items():
         if key not in unclear:
@@ -162,7 +162,8 @@ ABSENT = _Absent()
 def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """What differs between two recipes, by dotted key; the other's value is `ABSENT` where one of them alone has a key.
 
-    Where another class is named its arguments are not compared.
+    Where another class is named its arguments are not compared. A key that is null in one and not in the other is no
+    difference: a recipe from before an argument was there says as much as one that leaves it at null.
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         names = [*old, *(name for name in new if name not in old)]
@@ -172,11 +173,15 @@ def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = {str(number): both for number, both in enumerate(zip(old, new, strict=True))}
     else:
-        if old != new:
+        if _differ(old, new):
             yield key, old, new
         return
     for name, (one, other) in pairs.items():
         yield from changes(one, other, f"{key}.{name}" if key else name)
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return one != other and not all(value is None or value is ABSENT for value in (one, other))
 
 
 def shown(value: Any) -> str:
