@@ -13,7 +13,7 @@ from trainer.evaluation.tables import Section, label
 from trainer.evaluation.text import difference_table, heading, interval_table, left_out_note, note, score_table
 from trainer.evaluation.told import Told
 from trainer.report.boxes import box_plot
-from trainer.report.markup import paragraph, section, table, text
+from trainer.report.markup import Markup, paragraph, section, table, text
 from trainer.report.page import document, legend, prompt_legend
 from trainer.report.panels import Panel
 from trainer.report.pictures import Choice, crop_of, tiles
@@ -71,10 +71,11 @@ def _section(one: Section, by: Sequence[str] | None) -> str:
         columns, lines = score_table(one, metric)
         found.append(table(columns, lines, label=f"{title}: {columns[0]} by modality"))
     columns, lines = interval_table(one)
-    found.append(table(columns, lines, label=f"{title}: mean and median with 95 % confidence intervals"))
+    found.append(table(columns, lines, label=f"{title}: mean and median with 95 % confidence intervals", words=(0, 1)))
     columns, lines = difference_table(one)
     if lines:
-        found.append(table(columns, lines, label=f"{title}: differences on the same objects", words=(0, 1)))
+        every = range(len(columns))
+        found.append(table(columns, lines, label=f"{title}: differences on the same objects", words=every))
     found += [_told(told, title) for told in subgroup_tables(one, by)]
     found += [_told(told, title) + _sizes(one, told) for told in size_tables(one)]
     found += [_told(told, title) for told in lesion_tables(one)]
@@ -85,7 +86,8 @@ def _section(one: Section, by: Sequence[str] | None) -> str:
 def _told(told: Told, title: str) -> str:
     """A table with its heading and note."""
     head = f"<h3>{text(told.title)}</h3>\n{paragraph(told.note, 'note')}"
-    drawn = table(told.columns, told.lines, label=f"{title}: {told.title}", words=told.words)
+    lines = [[Markup(f'<span class="whole">{text(first)}</span>'), *more] for first, *more in told.lines]
+    drawn = table(told.columns, lines, label=f"{title}: {told.title}", words=told.words)
     return f'<div class="below">{head}{drawn}</div>'
 
 
@@ -107,7 +109,7 @@ def _boxes(one: Section) -> str:
     if not any(values for series in groups.values() for values in series.values()):
         return ""
     drawn = box_plot(groups, name="DSC", label=f"{heading(one)}: DSC by modality")
-    return f'<div class="charts">{drawn}</div>'
+    return f'<div class="charts" style="margin-bottom:1.6rem">{drawn}</div>'
 
 
 def _sizes(one: Section, told: Told) -> str:
@@ -132,6 +134,8 @@ def _term(sizes: Sequence[Sizes], numbers: dict[str, int], opened: bool) -> str:
     points = {label(size.line): (size.names, size.predicted, size.true) for size in sizes}
     charts = [size_scatter(points, unit=unit, label=f"{term}: predicted over true size", numbers=numbers)]
     titles = ["Predicted against true"]
+    drawn = [0.0, *(value for size in sizes for value in (*(size.predicted - size.true), *(size.found.limits or ())))]
+    ends = float(min(drawn)), float(max(drawn))
     for size in sizes:
         name, found = label(size.line), size.found
         charts.append(
@@ -139,6 +143,7 @@ def _term(sizes: Sequence[Sizes], numbers: dict[str, int], opened: bool) -> str:
                 points[name],
                 bias=found.bias,
                 limits=found.limits,
+                ends=ends,
                 unit=unit,
                 label=f"{term}, {name}: Bland–Altman plot, bias {found.bias:.3g} {unit}",
                 number=numbers[name],
@@ -146,7 +151,8 @@ def _term(sizes: Sequence[Sizes], numbers: dict[str, int], opened: bool) -> str:
         )
         titles.append(f"Bland–Altman, {name}")
     figures = "".join(
-        f"<figure><h4>{text(title)}</h4>{chart}</figure>" for title, chart in zip(titles, charts, strict=True)
+        f'<figure><h4 style="margin:0 0 .4rem">{text(title)}</h4>{chart}</figure>'
+        for title, chart in zip(titles, charts, strict=True)
     )
     state = " open" if opened else ""
     return f'<details{state}><summary>{text(term)}</summary><div class="charts below">{figures}</div></details>'

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from data_shards.errors import UserError, counted
 from trainer.evaluation.comparing import ALL, ALPHA, GROUPINGS, LOWER_IS_BETTER, METRICS, Line, Table
 from trainer.evaluation.paired import Cell, Test
-from trainer.evaluation.text import TITLES
-from trainer.evaluation.told import finite, markdown_table
+from trainer.evaluation.told import TITLES, finite, markdown_table
 from trainer.report.latex import escaped, latex_line
 from trainer.run import write_json, write_whole
 from trainer.scores import write_table

@@ -87,7 +87,11 @@ def _table(unit: str, found: Sequence[Sizes]) -> Told:
     lines = []
     for one in found:
         numbers = one.found
-        bounds = f" ({numbers.r_ci95[0]:.3f} to {numbers.r_ci95[1]:.3f})".replace("-", "−") if numbers.r_ci95 else ""
+        bounds = (
+            f" ({numbers.r_ci95[0]:.3f}\u00a0to\u00a0{numbers.r_ci95[1]:.3f})".replace("-", "−")
+            if numbers.r_ci95
+            else ""
+        )
         r = UNKNOWN if numbers.pearson_r is None else f"{numbers.pearson_r:.3f}{bounds}, {p_value(numbers.p_value)}"
         bias = amount(numbers.bias) + (f" ({between(numbers.bias_ci95)})" if numbers.bias_ci95 else "")
         slope = UNKNOWN if numbers.slope is None else f"{numbers.slope:+.3f}, {p_value(numbers.slope_p_value)}"
@@ -108,7 +112,7 @@ def _table(unit: str, found: Sequence[Sizes]) -> Told:
         "true; about 95 % of the differences lie within the limits of agreement (Bland and Altman 1986). Proportional "
         "bias is by how much the difference grows with each unit of size. A high correlation alone is no agreement."
     )
-    return Told(f"{what}: do predicted and true sizes agree?", columns, lines, note, (0, 1))
+    return Told(f"{what}: do predicted and true sizes agree?", columns, lines, note, (0, 1, 4, 5, 6, 7))
 
 
 def size_summary(section: Section) -> list[dict[str, Any]]:

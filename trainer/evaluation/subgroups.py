@@ -90,12 +90,13 @@ def _spacings(rows: Sequence[Row]) -> Groups:
 def _table(section: Section, name: str, groups: Groups) -> Told:
     lines = [line for line in section.rows if line[0] != COPY]
     metrics = [metric for metric in SHOWN if metric in section.metrics]
-    columns = [GROUPINGS[name], "n", *(f"{METRICS[metric]}, {label(line)}" for metric in metrics for line in lines)]
+    columns = [GROUPINGS[name], "n", "score", *(label(line) for line in lines)]
     cells = []
     for group, places in groups.items():
-        scores = [_cell([section.rows[line][place] for place in places], m) for m in metrics for line in lines]
-        cells.append([group, f"{len(places):,}", *scores])
-    return Told(f"By {GROUPINGS[name]}", columns, cells, _note(section, name))
+        for metric in metrics:
+            scores = [_cell([section.rows[line][place] for place in places], metric) for line in lines]
+            cells.append([group, f"{len(places):,}", METRICS[metric], *scores])
+    return Told(f"By {GROUPINGS[name]}", columns, cells, _note(section, name), (0, 2))
 
 
 def _cell(rows: Sequence[Row], metric: str) -> str:

@@ -12,10 +12,9 @@ from trainer.evaluation.rows import Row
 from trainer.evaluation.sizes import size_tables
 from trainer.evaluation.subgroups import subgroup_tables
 from trainer.evaluation.tables import ALL, DISTANCES, METRICS, Line, Section, differences, figures, intervals, label
-from trainer.evaluation.told import Cells, Told, markdown_table
+from trainer.evaluation.told import TITLES, Cells, Told, markdown_table
 from trainer.report.markup import UNKNOWN, interval, p_value, score, signed
 
-TITLES = {"2d": "Images", "3d": "Volumes", "video": "Videos"}
 _HOW = {
     "2d": "each target of each image",
     "3d": "each object of a volume on the middle one of its slices; it is followed from there",
@@ -92,28 +91,17 @@ def distance(value: float) -> str:
 
 def interval_table(section: Section) -> tuple[Cells, list[Cells]]:
     """Columns and lines of mean and median of all objects with their 95 % confidence intervals."""
-    shown = [
-        (metric, what)
-        for metric in section.metrics
-        for what in ("mean", "median")
-        if what == "median" or metric not in DISTANCES
-    ]
-    columns = ["95 % CI", *(f"{METRICS[metric]}, {what}" for metric, what in shown)]
     lines = []
-    for line, rows in section.rows.items():
-        cells = []
-        for metric, what in shown:
-            found, say = figures(rows, metric), distance if metric in DISTANCES else score
-            mean, median = intervals(rows, metric)
-            bounds = mean if what == "mean" else median
-            if found is None:
-                cells.append(UNKNOWN)
-                continue
-            value = found.median if what == "median" else found.mean
-            assert value is not None
-            cells.append(say(value) + (f" ({say(bounds[0])}–{say(bounds[1])})" if bounds else ""))
-        lines.append([label(line), *cells])
-    return columns, lines
+    for metric in section.metrics:
+        say = distance if metric in DISTANCES else score
+        for line, rows in section.rows.items():
+            found, cells = figures(rows, metric), []
+            values = (None, None) if found is None else (found.mean, found.median)
+            for value, bounds in zip(values, intervals(rows, metric), strict=True):
+                sure = f" ({say(bounds[0])}–{say(bounds[1])})" if bounds else ""
+                cells.append(UNKNOWN if value is None else say(value) + sure)
+            lines.append([METRICS[metric], label(line), *cells])
+    return ["score", "model", "mean (95 % CI)", "median (95 % CI)"], lines
 
 
 def difference_table(section: Section) -> tuple[Cells, list[Cells]]:

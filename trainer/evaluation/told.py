@@ -10,6 +10,8 @@ from typing import Any
 from trainer.report.markup import MINUS, UNKNOWN
 
 Cells = list[str]
+TITLES = {"2d": "Images", "3d": "Volumes", "video": "Videos"}
+"""What sets of a kind are called."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ def amount(value: float | None) -> str:
 
 
 def between(bounds: tuple[float, float] | None) -> str:
-    """Two ends of an interval of sizes."""
-    return UNKNOWN if bounds is None else f"{amount(bounds[0])} to {amount(bounds[1])}"
+    """Two ends of an interval of sizes, which are not torn apart."""
+    return UNKNOWN if bounds is None else f"{amount(bounds[0])}\u00a0to\u00a0{amount(bounds[1])}"
 
 
 def finite(value: Any) -> Any:

@@ -5,6 +5,7 @@ Shapes: N objects.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -18,6 +19,8 @@ MOST_MARKS = 200
 """Objects of a series as drawn; of more, evenly chosen ones by true size, smallest and largest among them."""
 
 _MARGINS = (62, 14, 16, 40)
+_LABEL = 27
+"""Height of a line's name and value."""
 
 Points = tuple[Sequence[str], np.ndarray, np.ndarray]
 """What a mark shows when pointed at, predicted sizes (N,) and true ones (N,)."""
@@ -36,7 +39,7 @@ def size_scatter(series: Mapping[str, Points], *, unit: str, label: str, numbers
         An ``svg`` element that needs the page's style sheet.
     """
     every = np.concatenate([side for _, *sides in series.values() for side in sides])
-    ticks = nice_ticks(0.0, float(every.max()) or 1.0, 4)
+    ticks = nice_ticks(0.0, float(every.max()) or 1.0)
     frame = Frame(x=(ticks[0], ticks[-1]), y=(ticks[0], ticks[-1]), width=420, height=360, margins=_MARGINS)
     ends = (ticks[0], ticks[-1])
     equal = f'<path d="{frame.path(ends, ends)}" style="stroke:var(--muted);stroke-dasharray:5 4"/>'
@@ -49,7 +52,14 @@ def size_scatter(series: Mapping[str, Points], *, unit: str, label: str, numbers
 
 
 def bland_altman(
-    points: Points, *, bias: float, limits: tuple[float, float] | None, unit: str, label: str, number: int
+    points: Points,
+    *,
+    bias: float,
+    limits: tuple[float, float] | None,
+    ends: tuple[float, float],
+    unit: str,
+    label: str,
+    number: int,
 ) -> str:
     """Difference of predicted and true sizes over their mean, with bias and limits of agreement.
 
@@ -57,6 +67,7 @@ def bland_altman(
         points: At least one object.
         bias: Mean difference.
         limits: Limits of agreement; None with one object.
+        ends: Least and greatest difference that the axis shows, the same for charts that are compared.
         unit: Of the sizes.
         label: What the chart shows, for who does not see it.
         number: Colour and mark.
@@ -66,18 +77,15 @@ def bland_altman(
     """
     names, predicted, true = points
     means, differences = (predicted + true) / 2, predicted - true
-    drawn = [0.0, float(differences.min()), float(differences.max()), *(limits or ())]
-    across, up = (
-        nice_ticks(min(0.0, float(means.min())), float(means.max()) or 1.0, 4),
-        nice_ticks(min(drawn), max(drawn), 4),
-    )
+    across = nice_ticks(min(0.0, float(means.min())), float(means.max()) or 1.0, 4)
+    up = nice_ticks(*ends, 4)
     frame = Frame(x=(across[0], across[-1]), y=(up[0], up[-1]), width=420, height=300, margins=(62, 14, 78, 40))
-    lines = [_level(frame, bias, "bias", "stroke:var(--own);stroke-width:2")]
+    levels = [(bias, "bias", "stroke-width:2")]
     for limit, name in zip(limits or (), ("lower limit", "upper limit"), strict=False):
-        lines.append(_level(frame, limit, name, "stroke:var(--own);stroke-dasharray:5 4"))
+        levels.append((limit, name, "stroke-dasharray:5 4"))
     none = f'<path d="{frame.path(frame.x, (0.0, 0.0))}" style="stroke:var(--muted)"/>'
     marks = _marks(frame, number, names, means, differences, (predicted, true), "", unit)
-    told = f'<g class="dist {series_style(number)}">{"".join(lines)}</g>'
+    told = f'<g class="dist {series_style(number)}">{_levels(frame, levels)}</g>'
     grid = frame.grid(up, f"predicted {MINUS} true ({unit})") + frame.below(across, f"mean of both ({unit})")
     return frame.picture(label, grid, none, marks, told)
 
@@ -157,13 +165,17 @@ def _marks(
     return f'<g class="dist {series_style(number)}" style="fill-opacity:.6">{marks}</g>'
 
 
-def _level(frame: Frame, value: float, name: str, style: str) -> str:
-    """A horizontal line with its name and value at the right."""
-    y, right = frame.up(value), frame.width - frame.margins[2]
-    shown = f"{abs(value):,.0f}" if abs(value) >= 999.5 else f"{abs(value):.3g}"
-    sign = MINUS if value < 0 else "+"
-    return (
-        f'<path d="M{frame.margins[0]} {y:.1f}H{right}" style="{style}"/>'
-        f'<text x="{right + 5}" y="{y - 3:.1f}">{name}</text>'
-        f'<text class="axis" x="{right + 5}" y="{y + 10:.1f}">{sign}{shown}</text>'
-    )
+def _levels(frame: Frame, levels: Sequence[tuple[float, str, str]]) -> str:
+    """Horizontal lines with their names and values at the right, which stay apart where the lines do not."""
+    right, parts, free = frame.width - frame.margins[2], [], -math.inf
+    for value, name, style in sorted(levels, reverse=True):
+        y = frame.up(value)
+        free = max(y, free + _LABEL)
+        shown = f"{abs(value):,.0f}" if abs(value) >= 999.5 else f"{abs(value):.3g}"
+        sign = MINUS if value < 0 else "+"
+        parts.append(
+            f'<path d="M{frame.margins[0]} {y:.1f}H{right}" style="stroke:var(--own);{style}"/>'
+            f'<text x="{right + 5}" y="{free - 3:.1f}">{name}</text>'
+            f'<text class="axis" x="{right + 5}" y="{free + 10:.1f}">{sign}{shown}</text>'
+        )
+    return "".join(parts)
