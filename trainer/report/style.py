@@ -8,12 +8,14 @@ STYLE = """
   --paper: #ffffff; --soft: #f5f6f8; --ink: #1b2026; --muted: #5c6672; --line: #dfe3e8;
   --accent: #0a5ea8; --accent-soft: #0a5ea81f; --before: #7b8794; --warn: #9a5b00; --warn-soft: #fff6e6;
   --good: #1a7440; --bad: #b3261e;
+  --s0: #5c6672; --s1: #0a5ea8; --s2: #b04a00; --s3: #1a7440; --s4: #8a2f9c; --s5: #6f5c00;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171b; --soft: #1c2026; --ink: #e7eaee; --muted: #9da8b4; --line: #2e343c;
     --accent: #74b8f7; --accent-soft: #74b8f726; --before: #8d99a6; --warn: #f0b45b; --warn-soft: #2a2214;
     --good: #6fcf97; --bad: #ff8a80;
+    --s0: #9da8b4; --s1: #74b8f7; --s2: #ff9f5a; --s3: #6fcf97; --s4: #d9a3ee; --s5: #d9c653;
   }
 }
 * { box-sizing: border-box; }
@@ -103,6 +105,16 @@ figcaption small { overflow-wrap: anywhere; }
 .box.after path, .box.after rect { stroke: var(--accent); }
 .box rect { fill: var(--soft); } .box.after rect { fill: var(--accent-soft); }
 .box .median { stroke-width: 3; }
+.s0 { --own: var(--s0); } .s1 { --own: var(--s1); } .s2 { --own: var(--s2); }
+.s3 { --own: var(--s3); } .s4 { --own: var(--s4); } .s5 { --own: var(--s5); }
+.dist path { stroke: var(--own); stroke-width: 1.3; }
+.dist rect { stroke: var(--own); stroke-width: 1.3; fill: var(--own); fill-opacity: .16; }
+.dist.s0 rect { stroke-dasharray: 3 2; fill-opacity: .06; }
+.dist .median { stroke-width: 2; }
+.dist .point { fill: var(--own); stroke: var(--paper); stroke-width: .8; }
+.dist circle { fill: var(--own); fill-opacity: .55; }
+.dist:hover rect { fill-opacity: .35; }
+.chart .group { font-weight: 600; } .chart .count { font-weight: 400; fill: var(--muted); }
 
 /* a shade at an edge where there is more to scroll to */
 .scroll { overflow-x: auto; margin: 0 0 .8rem; background:
@@ -139,7 +151,7 @@ td code, td small, td b { white-space: nowrap; }
 @media print {
   :root { color-scheme: light; --paper: #fff; --soft: #f5f6f8; --ink: #000; --muted: #444; --line: #ccc;
     --accent: #0a5ea8; --accent-soft: #0a5ea81f; --before: #666; --warn: #9a5b00; --warn-soft: #fff; --good: #1a7440;
-    --bad: #b3261e; }
+    --bad: #b3261e; --s0: #555; --s1: #0a5ea8; --s2: #b04a00; --s3: #1a7440; --s4: #8a2f9c; --s5: #6f5c00; }
   body { font-size: 11pt; } main { max-width: none; padding: 0; } .legend input { display: none; }
   section { margin-top: 2rem; } figure, tr, .figures, .chart { break-inside: avoid; } h2 { break-after: avoid; }
   .panels, .charts { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; background: none; }
