@@ -51,7 +51,7 @@ def write_zip(path: Path, members: Mapping[str, bytes]) -> Path:
     """Write a zip of files by their name in it, whatever it says."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
         for name, content in members.items():
-            packed.writestr(zipfile.ZipInfo(name), content)
+            packed.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
     return path
 
 

@@ -93,7 +93,7 @@ async function show() {
 
 function fit() {
   if (!images.back || !stage.clientWidth) return;
-  const high = Math.max(260, Math.min(window.innerHeight * 0.72, 900));
+  const high = Math.max(260, Math.min(window.innerHeight * 0.66, 900));
   const width = Math.min(stage.clientWidth, high * value.ratio), scale = window.devicePixelRatio || 1;
   canvas.style.width = width + "px";
   canvas.style.height = width / value.ratio + "px";
@@ -155,15 +155,19 @@ function placeOf(event) {
     inside((event.clientY - edge.top) / edge.height * value.height, value.height)];
 }
 
+function ask(what) {
+  hint.textContent = "Asking the model …";
+  trigger("submit", what);
+}
+
 function mark(at) {
-  if (tool === "plus" || tool === "minus") { trigger("submit", { point: [...at, tool === "plus" ? 1 : 0] }); return; }
+  if (tool === "plus" || tool === "minus") { ask({ point: [...at, tool === "plus" ? 1 : 0] }); return; }
   if (tool !== "box") return;
   if (!corner) { corner = at; hint.textContent = "Now the opposite corner; Escape takes it back."; return; }
   const box = boxOf(corner, at);
   if (box[2] > box[0] && box[3] > box[1]) {
     corner = null;
-    select(tool);
-    trigger("submit", { box });
+    ask({ box });
   }
 }
 
@@ -172,7 +176,8 @@ function select(name) {
   for (const button of pad.querySelectorAll("[data-tool]")) {
     button.setAttribute("aria-checked", button.dataset.tool === name);
   }
-  hint.textContent = value.picture ? HINTS[name] || "Say in words what to find, and press Find." : "";
+  const turning = value.slices > 1 ? " Scroll to change the slice." : "";
+  hint.textContent = value.picture ? (HINTS[name] || "Say in words what to find, and press Find.") + turning : "";
 }
 
 canvas.addEventListener("pointerdown", event => {
@@ -226,7 +231,7 @@ canvas.addEventListener("keydown", event => {
   } else if (key === "u") {
     trigger("undo", {});
   } else if (key === "pageup" || key === "pagedown") {
-    trigger("select", { step: key === "pageup" ? 1 : -1 });
+    trigger("select", { step: key === "pagedown" ? 1 : -1 });
   } else if (tools[key] && (value.tools || []).includes(tools[key])) {
     select(tools[key]);
   } else return;

@@ -172,7 +172,7 @@ class Handlers:
         spacing = case.spacing
         unit = "" if spacing is None else f", {' × '.join(f'{step:.3g}' for step in spacing)} mm"
         notes = [note.replace(f"{case.scan.name}: ", "") for note in case.notes]
-        return Update(case, " ".join([f"{case.name}: {what}{unit}.", *notes]))
+        return Update(case, " ".join([f"Opened {case.name}: {what}{unit}.", *notes]))
 
     def _answered(self, case: Case, seconds: float) -> Update:
         found = case.slice in case.scene.current.answers

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.errors import UserError, counted
-from data_shards.readers.base import reader_for
+from data_shards.readers.base import files_of, reader_for
 from data_shards.readers.dicom import read_dicom
 from data_shards.readers.dicom_files import open_dicom, reading
 from data_shards.readers.images import read_images
@@ -136,6 +136,7 @@ def _nifti(path: Path) -> int:
 def _itk(path: Path) -> int:
     import SimpleITK as sitk  # noqa: N813  # its users know it by this name
 
+    files_of(path)  # a header may not name files elsewhere: told before ITK sees it
     header = sitk.ImageFileReader()
     header.SetFileName(str(path))
     header.ReadImageInformation()

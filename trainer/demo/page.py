@@ -55,8 +55,8 @@ class Page:
     def _head(self) -> None:
         gr.HTML(
             f'<header id="head"><h1>Try the model</h1><p>{html.escape(self.title)}</p>'
-            '<p class="warn"><strong>For research only, not for diagnosis.</strong> Images stay on this machine and '
-            "are deleted when you leave.</p></header>"
+            '<p class="warn"><strong>For research only, not for diagnosis.</strong> Images stay on the machine '
+            "that runs this page, and are deleted when you leave.</p></header>"
         )
 
     def _open_part(self) -> None:
@@ -74,8 +74,8 @@ class Page:
             canvas_value(None, self.tools), html_template=parts.TEMPLATE, css_template=parts.STYLE,
             js_on_load=parts.SCRIPT, elem_id="canvas", apply_default_css=False,
         )  # fmt: skip
-        self.slider = gr.Slider(0, 1, 0, step=1, label="Slice", visible=False, elem_id="slice")
         self.status = gr.HTML(status(Update(None, "")), elem_id="status")
+        self.slider = gr.Slider(0, 1, 0, step=1, label="Slice", visible=False, elem_id="slice")
         choices = [DEFAULT, *(_window_label(name) for name in WINDOWS), WHOLE]
         with gr.Row(visible=False, elem_id="windows") as self.windows:
             self.window = gr.Dropdown(choices, value=DEFAULT, label="Window", elem_id="window")
@@ -120,7 +120,7 @@ class Page:
 
     def _connect(self, words: bool) -> None:
         quick: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        model: dict[str, Any] = {**quick, "concurrency_id": "model", "concurrency_limit": 2}
+        model: dict[str, Any] = {**quick, "concurrency_id": "model", "concurrency_limit": 8}
         opening: dict[str, Any] = {**quick, "show_progress": "full", "show_progress_on": self.status}
         opened = [
             *self.shown,
@@ -289,18 +289,19 @@ def examples() -> list[tuple[str, Path]]:
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():
         path = Path(place) / "datasets" / "data" / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
         if path.is_file():
-            found.append(("Example: MR of a brain (ICBM template)", path))
+            found.append(("Example: MR of a brain", path))
     return found
 
 
 def status(update: Update) -> str:
     """What there is to say, as HTML; texts are escaped."""
-    line = html.escape(update.line[:1].upper() + update.line[1:])
+    line = html.escape(update.line)
     if update.share is not None:
         bar = f'<progress max="1" value="{update.share:.3f}"></progress>'
         return f'<div class="status" role="status">{bar}<span>{line}</span></div>'
-    kind, role = ("error", "alert") if update.error else ("", "status")
-    return f'<div class="status {kind}" role="{role}"><span>{line}</span></div>'
+    if update.error:
+        return f'<div class="status error" role="alert"><span><strong>Not done:</strong> {line}</span></div>'
+    return f'<div class="status" role="status"><span>{line}</span></div>'
 
 
 def _window_label(name: str) -> str:

@@ -10,7 +10,8 @@ CSS = """
 :root { --demo-accent: #0b6e6e; --demo-on-accent: #ffffff; --demo-soft: #475569; }
 .dark { --demo-accent: #4fc3b8; --demo-on-accent: #06201e; --demo-soft: #b3c0ce; }
 .gradio-container { max-width: 1680px !important; margin: 0 auto !important; }
-.gradio-container main { padding: 16px 20px !important; }
+.gradio-container .fillable { padding: 16px 24px !important; }
+.gradio-container main { padding: 0 !important; }
 footer { display: none !important; }
 .html-container { padding: 0 !important; }
 #head h1 { font-size: 24px; font-weight: 650; margin: 0; }
@@ -37,7 +38,7 @@ h2 { font-size: 16px !important; font-weight: 650 !important; margin: 4px 0 0 !i
 @media (max-width: 900px) {
   #page { grid-template-columns: minmax(0, 1fr); grid-template-areas: "left" "middle" "right";
     grid-template-rows: none; }
-  .gradio-container main { padding: 10px !important; }
+  .gradio-container .fillable { padding: 12px !important; }
 }
 """
 
