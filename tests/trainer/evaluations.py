@@ -46,7 +46,7 @@ def nodules(number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_nodules(folder: Path) -> Path:
-    """Twelve images with nodules, all in one semantic mask: CT and MR by turns, every third without a spacing."""
+    """Twelve images with nodules in one semantic mask, and no cysts: CT and MR by turns, some without spacing."""
     with ShardWriter(folder, IMAGES, 2**20) as writer:
         for number in range(IMAGES):
             image, truth = nodules(number)
@@ -56,7 +56,7 @@ def write_nodules(folder: Path) -> Path:
                 "axial" if number < 4 else "coronal", None, spacing,
             )  # fmt: skip
             target = Target.from_mask(truth, "nodule")
-            triplet = Triplet(f"s-{number:02d}", image, (target,), ("nodule",), origin)
+            triplet = Triplet(f"s-{number:02d}", image, (target,), ("nodule", "cyst", "dark"), origin)
             writer.write(triplet.key, triplet.encode())
     write_index(folder)
     return folder

@@ -19,11 +19,14 @@ from test_evaluation_protocol import SIDE, dump, row
 from tiny_sam3 import SHAPE
 
 from data_shards.dataset import ShardDataset
+from data_shards.errors import UserError
 from trainer.evaluation.columns import read_columns
 from trainer.evaluation.comparing import compare_columns
 from trainer.evaluation.curves import noise_curves
+from trainer.evaluation.given import Asking, given_protocol
 from trainer.evaluation.lesions import lesions_of
 from trainer.evaluation.noise import moved
+from trainer.evaluation.protocol import load_protocol
 from trainer.evaluation.rows import COLUMNS, Row, read
 from trainer.evaluation.sizes import sizes_of
 from trainer.evaluation.subgroups import groups_of
@@ -55,6 +58,7 @@ def out(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "objects": "term",
             "lesions": True,
             "noise": [20, 0, 5],
+            "negatives": 2,
         }
     ]
     return evaluate(tmp_path_factory.mktemp("evaluated"), sets, ("Bright", "Dark", "SAM3"), pictures=2)
@@ -67,7 +71,16 @@ def cells(out: Path) -> list[dict[str, str]]:
 
 
 def of(cells: list[dict[str, str]], model: str, noise: float = 0.0) -> list[dict[str, str]]:
-    return [one for one in cells if one["model"] == model and float(one["noise"]) == noise]
+    """A model's rows of what is there."""
+    there = [one for one in cells if float(one["size_true"]) > 0]
+    return [one for one in there if one["model"] == model and float(one["noise"]) == noise]
+
+
+def wilson(part: int, n: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share (Wilson 1927)."""
+    z, share = 1.959964, part / n
+    middle, reach = share + z**2 / 2 / n, z * math.sqrt(share * (1 - share) / n + z**2 / 4 / n**2)
+    return (middle - reach) / (1 + z**2 / n), (middle + reach) / (1 + z**2 / n)
 
 
 def summary(out: Path) -> dict[str, Any]:
@@ -119,10 +132,7 @@ def test_lesions_are_counted_from_the_table_alone(out, cells) -> None:
     dice = sum(float(one["lesion_dice"]) for one in mine)
     assert dice == pytest.approx(24) and bright["lesion_wise_dice"] == pytest.approx(dice / (lesions + false))
     assert (found["Dark"]["sensitivity"], found["Dark"]["precision"]) == (0, None)
-    low, high = bright["sensitivity_ci95"]
-    z, share, n = 1.959964, 24 / 36, 36  # Wilson 1927
-    middle, reach = (share + z**2 / 2 / n), z * math.sqrt(share * (1 - share) / n + z**2 / 4 / n**2)
-    assert (low, high) == pytest.approx(((middle - reach) / (1 + z**2 / n), (middle + reach) / (1 + z**2 / n)))
+    assert bright["sensitivity_ci95"] == pytest.approx(wilson(24, 36))
     assert (
         "| nodule | Bright | 12 | 36 | 24 | 12 | 0.667 (0.503–0.798) | 0.667 | 0.667 | 1.00 |"
         in (out / "summary.md").read_text()
@@ -185,6 +195,22 @@ def test_text_stands_beside_boxes_on_the_same_terms(out, cells) -> None:
     assert last.cells["Bright"].median == pytest.approx(np.median([float(one["dsc"]) for one in bright]), abs=1e-6)
 
 
+def test_absent_terms_have_rows_and_a_table_of_their_own(out, cells) -> None:
+    gone = [one for one in cells if float(one["size_true"]) == 0]
+    assert {one["model"] for one in gone} == {"SAM3"}, "boxes cannot be drawn around nothing"
+    assert {(one["term"], float(one["size_predicted"]) > 0) for one in gone} == {("cyst", True), ("dark", False)}
+    assert len(gone) == 2 * IMAGES
+    (found,) = summary(out)["absent"]
+    assert (found["present"], found["found"], found["absent"], found["in_vain"]) == (12, 12, 24, 12)
+    areas = [float(one["size_predicted"]) for one in gone if one["term"] == "cyst" and one["size_unit"] == "px"]
+    assert found["areas"]["px"] == pytest.approx(np.median(areas))
+    there, vain = (
+        "{:.3f} ({:.3f}–{:.3f})".format(share, *wilson(n, of)) for share, n, of in ((1, 12, 12), (0.5, 12, 24))
+    )
+    assert f"| SAM3, by text | 12 | {there} | 24 | {vain} |" in (out / "summary.md").read_text()
+    assert summary(out)["objects"] == IMAGES, "they are no part of the scores"
+
+
 def test_subgroups_are_those_of_the_table(out, cells) -> None:
     rows = [one for one in read(out / "per_case.csv") if one.model == "Bright" and not one.noise]
     assert {name: len(places) for name, places in groups_of(rows, "plane").items()} == {"axial": 4, "coronal": 8}
@@ -213,6 +239,7 @@ def test_subgroups_are_those_of_the_table(out, cells) -> None:
 def test_going_on_needs_no_model_and_other_subgroups_neither(out, shards, capsys) -> None:
     before = (out / "per_case.csv").read_text()
     sets = [{"name": "n", "folder": str(shards), "kind": "2d", "objects": "term", "lesions": True, "noise": [20, 0, 5]}]
+    sets[0]["negatives"] = 2
     evaluate(out.parent, sets, ("Bright", "Dark", "SAM3"), "--by", "dataset", pictures=2)
     assert "0 cases computed" in capsys.readouterr().out
     assert (out / "per_case.csv").read_text() == before
@@ -354,6 +381,7 @@ MISTAKES = {
     "a margin of words": ([{**TWO_D, "prompt": "text", "margin": 3}], SAM3_NODE, {}, "margin belongs to boxes"),
     "noise of words": ([{**TWO_D, "prompt": "text", "noise": [3]}], SAM3_NODE, {}, "noise belongs to boxes"),
     "terms of volumes": ([{"kind": "3d", "objects": "term"}], NODE, {}, "objects belongs to images"),
+    "negatives of boxes": ([{**TWO_D, "negatives": 2}], NODE, {}, "negatives are absent terms of images"),
     "lesions of videos": ([{"kind": "video", "lesions": True}], NODE, {}, "not in videos"),
     "too much noise": ([{**TWO_D, "noise": [5, 120]}], NODE, {}, "noise is 0 to 100 percent of a box's sides, not 120"),
     "noise of the truth": ([{"kind": "3d", "initial": ["truth"], "noise": [5]}], NODE, {}, "noise moves boxes and"),
@@ -377,3 +405,15 @@ def test_subgroups_of_the_command_line(shards, tmp_path, trainer_command) -> Non
     assert code == 2 and "--by: there is no 'sise'; did you mean 'size'?" in err
     code, _, err = trainer_command("evaluate", tmp_path / "p.yaml", "--out", tmp_path / "o", "--lesions")
     assert code == 2 and "--lesions belongs to --data; in a protocol it is a key of a set" in err
+
+
+def test_what_the_command_line_makes_of_it(shards, tmp_path) -> None:
+    recipe = str(Path(__file__).parents[2] / "recipes/quickstart.yaml")
+    asking = Asking(objects="term", lesions=True, noise=(5.0, 10.0), negatives=3)
+    loaded = given_protocol([f"A={recipe}"], [str(shards)], ["box", "point"], asking, ["size"])
+    for one, prompt in zip(loaded.protocol.sets, ("box", "point"), strict=True):
+        assert (one.prompt, one.objects, one.lesions, one.levels, one.negatives) == (prompt, "term", True, (5, 10), 3)
+    (tmp_path / "again.yaml").write_text(loaded.text)
+    assert load_protocol(tmp_path / "again.yaml").protocol == loaded.protocol, "what is written says all of it"
+    with pytest.raises(UserError, match=r"^trainer evaluate: noise is 0 to 100 percent"):
+        given_protocol([f"A={recipe}"], [str(shards)], ["box"], Asking(noise=(-1.0,)))

@@ -77,9 +77,10 @@ def _loaded(values: Namespace) -> Loaded:
             values.objects or "target",
             bool(values.lesions),
             tuple(values.noise or ()),
+            values.negatives or 0,
         )
         return given_protocol(values.models, values.data, values.prompt or ["box"], asking, values.by)
-    for name in ("kind", "prompt", "margin", "objects", "lesions", "noise"):
+    for name in ("kind", "prompt", "margin", "objects", "lesions", "noise", "negatives"):
         if getattr(values, name) is not None:
             raise UserError(f"--{name} belongs to --data; in a protocol it is a key of a set")
     if len(values.models) > 1:
@@ -123,6 +124,12 @@ def _parser() -> CommandParser:
         help="with --data: ask again with boxes whose sides (or points that) are moved at random by up to so many "
         "percent of the box's sides, for a curve of DSC",
     )  # fmt: skip
+    parser.add_argument(
+        "--negatives",
+        type=int,
+        metavar="N",
+        help="with --data and text: absent terms that are asked for in each image (0)",
+    )
     parser.add_argument(
         "--by", nargs="+", metavar="NAME",
         help=f"subgroup tables: {', '.join(GROUPINGS)} (default: size, and what the cases differ in)",

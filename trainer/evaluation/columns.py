@@ -186,7 +186,8 @@ def _scored(score: CaseScore) -> Answer:
 
 def _models(name: str, path: Path) -> list[Column]:
     """A column for each model of a table of `trainer evaluate`; under a name one of them, without its baselines."""
-    rows = [row for row in evaluated.read(path) if not row.noise]  # prompts that are off have curves of their own
+    # prompts that are off have curves of their own, and absent terms nothing to overlap with
+    rows = [row for row in evaluated.read(path) if not row.noise and not row.is_absent]
     models = list(dict.fromkeys(row.model for row in rows if row.model != COPY))
     if name and len(models) == 1:  # its own mask is then that of its new name
         old = models[0]

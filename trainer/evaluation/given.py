@@ -31,6 +31,7 @@ class Asking:
     objects: Literal["target", "term"] = "target"
     lesions: bool = False
     noise: tuple[float, ...] = ()
+    negatives: int = 0
 
 
 def given_protocol(

@@ -83,6 +83,7 @@ def _job(selected: Selected, model: str, initial: str, identities: dict[str, dic
         **{name: getattr(spec, name) for name in ("kind", "margin", "extent", "tolerance", "unit", "by_term")},
         "prompt": TEXT if initial == TEXT else spec.prompt,
         "precision": precision,
+        **({"negatives": spec.negatives} if initial == TEXT else {}),
     }
     direct = {"direct": initial == DIRECT}
     first = identities.get(model if initial == DIRECT else initial, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trainer.evaluation.absent import absent_tables
 from trainer.evaluation.curves import noise_curves, noise_tables
 from trainer.evaluation.lesions import lesion_tables
 from trainer.evaluation.protocol import COPY
@@ -78,7 +79,7 @@ def _section(one: Section, by: Sequence[str] | None) -> str:
         found.append(table(columns, lines, label=f"{title}: differences on the same objects", words=every))
     found += [_told(told, title) for told in subgroup_tables(one, by)]
     found += [_told(told, title) + _sizes(one, told) for told in size_tables(one)]
-    found += [_told(told, title) for told in lesion_tables(one)]
+    found += [_told(told, title) for told in (*lesion_tables(one), *absent_tables(one))]
     found += [_told(told, title) + _noise(one) for told in noise_tables(one)]
     return section(title, paragraph(note(one), "note"), *found)
 

@@ -98,6 +98,9 @@ class SetSpec:
     noise: list[float] = field(default_factory=list)
     """The same objects are asked for again with prompts that are off, for a curve: each side of a box, or the point, is
     moved at random by up to so many percent of the box's sides (SAM2's training draws up to 10)."""
+    negatives: int = 0
+    """2d: most terms that a model which takes words is asked for in each image though they are absent: looked for by
+    the annotators, and not there."""
     terms: list[str] | None = None
     """Terms to ask for; all by default."""
     limit: int | None = None
@@ -131,6 +134,10 @@ class SetSpec:
             raise UserError("objects belongs to images: in volumes and videos all of a term is asked for in any case")
         if self.lesions and self.kind == "video":
             raise UserError("lesions are counted in images and volumes, not in videos: leave it out")
+        if self.negatives < 0 or (self.negatives and (self.kind != "2d" or not self.by_term)):
+            raise UserError(
+                "negatives are absent terms of images: 0 or more, with kind 2d and prompt text or objects term"
+            )
         wrong = [level for level in self.noise if not 0 <= level <= MOST_NOISE]
         if wrong:
             raise UserError(f"noise is 0 to {MOST_NOISE:g} percent of a box's sides, not {wrong[0]:g}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.evaluation import page, tables, text
+from trainer.evaluation.absent import absent_summary
 from trainer.evaluation.curves import noise_summary
 from trainer.evaluation.jobs import Job
 from trainer.evaluation.lesions import lesion_summary
@@ -34,6 +35,7 @@ def write_results(evaluation: Evaluation) -> list[Section]:
     content = tables.summary(sections, left_out)
     for section, found in zip(sections, content["sections"], strict=True):
         found |= {"sizes": size_summary(section), "lesions": lesion_summary(section), "noise": noise_summary(section)}
+        found["absent"] = absent_summary(section)
     write_json(out / "summary.json", head | finite(content))
     name, by = loaded.path.stem, loaded.protocol.by
     _write(out / "summary.md", text.markdown(name, loaded.question, sections, left_out, by))
@@ -47,13 +49,18 @@ def write_results(evaluation: Evaluation) -> list[Section]:
 def sections_of(evaluation: Evaluation) -> list[Section]:
     """Sets that are asked in one way together, in the order of the protocol: the cases that this call asks for."""
     groups: dict[tuple[str, str, tuple[str, ...], bool, tuple[float, ...]], list[str]] = {}
-    wanted = set()
+    wanted, cases = set(), set()
     for one in evaluation.selected:
         spec = one.spec
         way = (spec.kind, spec.prompt, tuple(spec.initials), spec.by_term, spec.levels)
         groups.setdefault(way, []).append(spec.title)
         wanted |= {(spec.kind, spec.title, *thing) for thing in one.objects}
-    rows = [row for row in evaluation.table.rows if (row.kind, *row.place) in wanted]
+        cases |= {(spec.kind, spec.title, case) for case, _, _ in one.objects}
+    rows = [
+        row
+        for row in evaluation.table.rows
+        if ((row.kind, row.set, row.case) in cases if row.is_absent else (row.kind, *row.place) in wanted)
+    ]
     return [
         tables.section_of(kind, prompt, sets, _lines(evaluation.jobs, kind, sets), rows, by_term)
         for (kind, prompt, _, by_term, _), sets in groups.items()

@@ -47,7 +47,8 @@ class Row:
         plane: Anatomical plane of the slices; empty for plain images.
         spacing: Millimetres between slices of a volume, between rows of an image; None where they are not known.
         noise: How much the prompt was moved, in percent of the box's sides; 0 for one that was not.
-        size_true: True volume or area, in slices that were asked for; None for videos, as are the next ones.
+        size_true: True volume or area, in slices that were asked for, 0 of a term that is absent; None for videos, as
+            are the next ones.
         size_predicted: Predicted volume or area.
         size_unit: ``ml`` or ``voxels`` of volumes, ``mm2`` or ``px`` of images.
         lesions: Number of true lesions, connected pieces; None where they were not counted, as are the next ones.
@@ -92,6 +93,11 @@ class Row:
     def place(self) -> Place:
         """Which object this is about."""
         return self.set, self.case, self.term, self.target
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether the term was asked for where it is not: there is nothing to overlap with."""
+        return self.size_true == 0
 
 
 COLUMNS = [column.name for column in fields(Row)]

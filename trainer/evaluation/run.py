@@ -16,6 +16,7 @@ import torch
 
 from data_shards.errors import UserError
 from data_shards.progress import progress
+from data_shards.triplet import Triplet
 from trainer.callbacks.panels import to_uint8
 from trainer.evaluation.answers import (
     Score,
@@ -30,7 +31,7 @@ from trainer.evaluation.answers import (
 from trainer.evaluation.cases import ImageCase, Part, SequenceCase, ShardStack, Thing, places_of, read_image
 from trainer.evaluation.jobs import Job, jobs_of, still_valid
 from trainer.evaluation.noise import moved
-from trainer.evaluation.protocol import COPY, DIRECT, TRUTH, Kind, Loaded
+from trainer.evaluation.protocol import COPY, DIRECT, TRUTH, Kind, Loaded, SetSpec
 from trainer.evaluation.rows import Place, Row, Table
 from trainer.evaluation.selection import Object, Selected, select
 from trainer.evaluation.sources import Models
@@ -121,6 +122,9 @@ class Evaluation:
         truths = [np.logical_or.reduce(masks) for masks in drawn]
         if job.in_words:
             module, start = self.models.in_words(job.model), time.perf_counter()
+            absent = absent_terms(triplet, spec, case.position)
+            things, nothing = [*things, *((case.key, term, -1) for term in absent)], np.zeros(truths[0].shape, bool)
+            truths = [*truths, *(nothing for _ in absent)]
             found = find(module, shards, case.position, [term for _, term, _ in things], self.loaded.protocol.precision)
             answered = {0.0: (list(found), (time.perf_counter() - start) / len(things))}
             asked: list[list[Asked]] = [[] for _ in things]
@@ -307,6 +311,14 @@ def _row(
         noise=level,
         **asdict(score),
     )
+
+
+def absent_terms(triplet: Triplet, spec: SetSpec, position: int) -> list[str]:
+    """Terms that were looked for in an image and are not there: as many as a set asks for, by turns."""
+    there = {target.term for target in triplet.targets}
+    gone = [term for term in triplet.looked_for if term not in there and (spec.terms is None or term in spec.terms)]
+    start = position % len(gone) if gone else 0
+    return [*gone[start:], *gone[:start]][: spec.negatives]
 
 
 def _looked_at(thing: Thing) -> int:

@@ -38,6 +38,7 @@ class Section:
         by_term: Whether all of a term in an image is one object.
         noisy: For each level of noise, 0 among them, of each line the rows of those objects that all of these have;
             empty where none was asked for.
+        absent: Rows of terms that are not there, of each line that was asked for some.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Section:
     partial: int
     by_term: bool = False
     noisy: dict[float, dict[Line, list[Row]]] = field(default_factory=dict)
+    absent: dict[Line, list[Row]] = field(default_factory=dict)
 
     @property
     def objects(self) -> list[Row]:
@@ -83,14 +85,19 @@ def section_of(
         by_term: Whether all of a term in an image is one object.
     """
     found: dict[float, dict[Line, dict[Place, Row]]] = {0.0: {line: {} for line in lines}}
+    absent: dict[Line, list[Row]] = {}
     for row in rows:
         line = (row.model, row.initial)
-        if row.set in sets and row.kind == kind and line in found[0.0]:
+        if row.set not in sets or row.kind != kind or line not in found[0.0]:
+            continue
+        if row.is_absent:
+            absent.setdefault(line, []).append(row)
+        else:
             found.setdefault(row.noise, {}).setdefault(line, {})[row.place] = row
     present = {line: mine for line, mine in found[0.0].items() if mine}
     chosen, every = _common(present)
     left_out = every - len(next(iter(chosen.values()), []))
-    return Section(kind, prompt, tuple(sets), chosen, left_out, by_term, _noisy(found))
+    return Section(kind, prompt, tuple(sets), chosen, left_out, by_term, _noisy(found), absent)
 
 
 def _common(found: Mapping[Any, Mapping[Place, Row]]) -> tuple[dict[Any, list[Row]], int]:

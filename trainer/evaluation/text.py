@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from data_shards.errors import counted
+from trainer.evaluation.absent import absent_tables
 from trainer.evaluation.curves import noise_tables
 from trainer.evaluation.lesions import lesion_tables
 from trainer.evaluation.protocol import COPY, TEXT
@@ -150,8 +151,9 @@ def left_aside_note(older: int, changed: int, unasked: int) -> str:
 
 
 def more_tables(section: Section, by: Sequence[str] | None) -> list[Told]:
-    """What the scores alone do not say: subgroups, sizes, lesions and noise."""
-    return [*subgroup_tables(section, by), *size_tables(section), *lesion_tables(section), *noise_tables(section)]
+    """What the scores alone do not say: subgroups, sizes, lesions, absent terms and noise."""
+    more = [*lesion_tables(section), *absent_tables(section), *noise_tables(section)]
+    return [*subgroup_tables(section, by), *size_tables(section), *more]
 
 
 def in_short(
@@ -163,7 +165,8 @@ def in_short(
         shown = [metric for metric in section.metrics if metric not in ("nsd", *DISTANCES)]
         tables = [markdown_table(*score_table(section, metric)) for metric in shown]
         parts += [f"{heading(section)} (mean; median and quartiles)", *tables]
-        more = [*(subgroup_tables(section, by) if by else []), *lesion_tables(section), *noise_tables(section)]
+        more = [*(subgroup_tables(section, by) if by else []), *lesion_tables(section)]
+        more += [*absent_tables(section), *noise_tables(section)]
         parts += [f"{one.title}\n\n{markdown_table(one.columns, one.lines)}" for one in more]
     return "\n\n".join(part for part in (*parts, left_out_note(left_out)) if part)
 
