@@ -278,8 +278,8 @@ def refuse_empty(recipes: list[str], known: Callable[[str], bool], keys: set[str
         later = {key for other in contents[number + 1 :] for key in dotted_keys(other)}
         for key in dotted_keys(content):
             places = list(itertools.accumulate(parts := key.split("."), "{}.{}".format))
-            replaced = any(f"{place}.class_path" in later for place in places)  # the class that had it may be gone
-            if functools.reduce(operator.getitem, parts, content) != {} or parts[0] == "cluster" or known(key) or replaced:
+            gone = any(f"{place}.class_path" in later for place in places)  # the class that had it, perhaps
+            if functools.reduce(operator.getitem, parts, content) != {} or parts[0] == "cluster" or known(key) or gone:
                 continue
             place = next(place for place in places if not known(place))
             parent, _, last = place.rpartition(".")

@@ -309,7 +309,7 @@ def test_the_command_writes_every_table(write_spec, tmp_path, trainer_command, m
     assert "no luck &amp; 5 % &lt;b&gt;" in page
     assert "<b>lora</b>" in page
     assert "of a disc in noise" in page
-    assert page.count("<svg") == 3, "score against what learns, and differences of DSC and NSD"
+    assert page.count("<svg") == 5, "score against what learns, differences of DSC and NSD, boxes of CT and of MR"
     assert latex.count("\\toprule") == latex.count("\\bottomrule") == 4  # all, modalities by two metrics, seeds
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert {row["cell"] for row in rows} == {"full", "lora", "untouched"}

@@ -11,6 +11,7 @@ from trainer.ablation.results import KINDS, METRICS, Entry, Result, Results, Row
 from trainer.ablation.spec import Loaded
 from trainer.report.latex import escaped, latex_line
 from trainer.report.markup import UNKNOWN, duration, score, signed
+from trainer.report.records import read_record
 from trainer.run import write_whole
 
 NAMES = {"dsc": "DSC", "nsd": "NSD"}
@@ -197,6 +198,12 @@ def notes(loaded: Loaded, results: Results) -> list[str]:
     entry = next((one for one in results.entries if one.kind == "all"), None)
     found = [f"Every cell: {spec.budget.describe()}, the same data in the same order for the same seed."]
     found += _unmatched(results)
+    found += [
+        f"{row.name} is no foundation model but a specialist: it knows nothing before the first step, and all of it "
+        "learns, so that no share is given. Images, boxes and steps are those of the others."
+        for row in results.rows
+        if row.specialist
+    ]
     if entry:
         where = counted(entry.volumes, "volume")
         found.append(
@@ -235,6 +242,18 @@ def _unmatched(results: Results) -> list[str]:
 def hardware(results: Results) -> str:
     """What the cells ran on."""
     return ", ".join(dict.fromkeys(one.hardware for row in results.rows for one in row.finished if one.hardware))
+
+
+def software(results: Results) -> str:
+    """What computed the cells: packages, and the commit where it is known."""
+    found = []
+    for one in (one for row in results.rows for one in row.finished):
+        record = read_record(one.cell.run.record)
+        versions = record.get("versions") or {}
+        named = [f"{name} {versions[name]}" for name in ("sam-trainer", "torch", "lightning") if name in versions]
+        commit = str(record.get("git_commit") or "")[:10]
+        found.append(", ".join([*named, *([f"commit {commit}"] if commit else [])]))
+    return "; ".join(dict.fromkeys(line for line in found if line))
 
 
 def write_markdown(path: Path, loaded: Loaded, results: Results) -> None:
