@@ -23,8 +23,10 @@ _WIDTH = 480
 _LEFT, _RIGHT = 10, 14
 _ROW, _BOX, _NAME, _GAP = 19, 13, 19, 12
 """Heights: of a series, its box, a group's name and the space below a group."""
-_LETTER = 6.6
-"""Width of a letter in the legend, in pixels, on average."""
+_LETTER = 8.4
+"""Width of a letter, in pixels, on average, as large as the style sheet makes it on a phone."""
+_LONGEST = 40
+"""Letters of a group's name, and of a series' in the legend; longer ones are cut, and whole where pointed at."""
 _MARKS = {
     "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
     "square": "M-3.6-3.6h7.2v7.2h-7.2z",
@@ -76,9 +78,7 @@ def box_plot(
         bottom += _NAME + _ROW * max(1, sum(values.size > 0 for values in series.values())) + _GAP
     margins = (_LEFT, 20 * len(lines), _RIGHT, 40)
     frame = Frame(x=(ticks[0], ticks[-1]), y=(0, 1), width=_WIDTH, height=bottom + 40, margins=margins)
-    grid = "".join(
-        f'<path class="grid" d="M{frame.across(tick):.1f} {20 * len(lines)}V{bottom}"/>' for tick in ticks
-    )
+    grid = "".join(f'<path class="grid" d="M{frame.across(tick):.1f} {20 * len(lines)}V{bottom}"/>' for tick in ticks)
     parts = [
         _group(frame, top, group, series, names, _lost(groups[group]))
         for top, (group, series) in zip(tops, kept.items(), strict=True)
@@ -122,7 +122,7 @@ def _group(
     n = f"n = {counts[0]:,}" if len(counts) == 1 else f"n = {counts[0]:,} to {counts[-1]:,}"
     more = f", {lost:,} not finite" if lost else ""
     heading = (
-        f'<text class="axis group" x="{_LEFT}" y="{top + 13}">{escape(group)}'
+        f'<text class="axis group" x="{_LEFT}" y="{top + 13}"><title>{escape(group)}</title>{escape(_short(group))}'
         f'<tspan class="count" dx="8">{n}{more}</tspan></text>'
     )
     found = [(who, values) for who, values in series.items() if values.size]
@@ -148,8 +148,11 @@ def _box(frame: Frame, y: float, group: str, who: str, values: np.ndarray, numbe
     chosen = beyond[np.unique(np.linspace(0, len(beyond) - 1, min(len(beyond), MOST_OUTLIERS)).round().astype(int))]
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.6"/>' for x in chosen)
     middle = frame.across(median)
+    start_tag = f'<g class="dist {series_style(number)}"><title>{escape(tip)}</title>'
+    if len(values) == 1:  # a box of one value would only look like a damaged one
+        return f"{start_tag}{series_mark(number, middle, y)}</g>"
     return (
-        f'<g class="dist {series_style(number)}"><title>{escape(tip)}</title>{whiskers}'
+        f"{start_tag}{whiskers}"
         f'<rect x="{left:.1f}" y="{y - half:.1f}" width="{max(right - left, 1):.1f}" height="{_BOX}"/>'
         f'<path class="median" d="M{middle:.1f} {y - half:.1f}v{_BOX}"/>{series_mark(number, middle, y)}{dots}</g>'
     )
@@ -166,12 +169,16 @@ def series_mark(number: int, x: float, y: float) -> str:
     return f'<path class="point" transform="translate({x:.1f} {y:.1f})" d="{shape}"/>'
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+
+
 def _legend_lines(names: Sequence[str]) -> list[list[int]]:
     """Positions of the series in each line of the legend."""
     lines: list[list[int]] = [[]]
     used = 0.0
     for number, name in enumerate(names):
-        width = 34 + _LETTER * len(name)
+        width = 34 + _LETTER * len(_short(name))
         if lines[-1] and used + width > _WIDTH - _LEFT - _RIGHT:
             lines.append([])
             used = 0.0
@@ -188,8 +195,8 @@ def _legend(lines: Sequence[Sequence[int]], names: Sequence[str]) -> str:
         for number in line:
             sample = f'<rect x="{x:.1f}" y="{y - 5}" width="16" height="10"/>{series_mark(number, x + 8, y)}'
             parts.append(f'<g class="dist {series_style(number)}">{sample}</g>')
-            parts.append(f'<text class="axis" x="{x + 21:.1f}" y="{y + 4}">{escape(names[number])}</text>')
-            x += 34 + _LETTER * len(names[number])
+            parts.append(f'<text class="axis" x="{x + 21:.1f}" y="{y + 4}">{escape(_short(names[number]))}</text>')
+            x += 34 + _LETTER * len(_short(names[number]))
     return "".join(parts)
 
 
