@@ -49,14 +49,18 @@ class Lesions:
 
 def lesions_of(section: Section) -> list[Lesions]:
     """Detection by term and model, and of all terms together if there are several; only where lesions are counted."""
-    terms = sorted({row.term for row in section.objects if row.lesions is not None})
-    found = []
-    for term in [*terms, *([ALL] if len(terms) > 1 else [])]:
-        for line, rows in section.rows.items():
-            mine = [row for row in rows if row.lesions is not None and term in (ALL, row.term)]
-            if mine and line[0] != COPY:
-                found.append(_pooled(term, line, mine))
-    return found
+    terms: dict[str, list[int]] = {}
+    for place, row in enumerate(section.objects):
+        if row.lesions is not None:
+            terms.setdefault(row.term, []).append(place)
+    if len(terms) > 1:
+        terms = dict(sorted(terms.items())) | {ALL: [place for places in terms.values() for place in places]}
+    return [
+        _pooled(term, line, [rows[place] for place in places])
+        for term, places in terms.items()
+        for line, rows in section.rows.items()
+        if line[0] != COPY
+    ]
 
 
 def _pooled(term: str, line: Line, rows: Sequence[Row]) -> Lesions:

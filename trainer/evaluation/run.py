@@ -150,10 +150,8 @@ class Evaluation:
     ) -> dict[float, tuple[list[np.ndarray], float]]:
         """For each level of noise the masks of an image's objects, and seconds an object; it is encoded once."""
         protocol, model, found = self.loaded.protocol, self.models[job.model], {}
-        image, owners = (
-            read_image(job.selected.shards, case.position),
-            np.repeat(range(len(asked)), list(map(len, asked))),
-        )
+        image = read_image(job.selected.shards, case.position)
+        owners = np.repeat(range(len(asked)), list(map(len, asked)))
         start = time.perf_counter()
         features = encoded(model, image, protocol.precision)
         encoding = time.perf_counter() - start
@@ -187,9 +185,10 @@ class Evaluation:
     def _found(self, job: Job, part: Part, things: Sequence[Thing]) -> list[Row]:
         """Ask for terms in every slice."""
         module, start = self.models.in_words(job.model), time.perf_counter()
-        masks = find_in_slices(module, part, [thing.term for thing in things], self.loaded.protocol.precision)
+        found = find_in_slices(module, part, [thing.term for thing in things], self.loaded.protocol.precision)
         seconds = (time.perf_counter() - start) / len(things)
-        return [self._scored(job, part, *pair, seconds) for pair in zip(things, masks, strict=True)]
+        pairs = zip(things, found, strict=True)
+        return [self._scored(job, part, thing, dense(slices), seconds) for thing, slices in pairs]
 
     def _followed(self, job: Job, part: Part, things: Sequence[Thing], level: float) -> list[Row]:
         """Follow objects from the slice on which they are shown."""

@@ -47,9 +47,10 @@ class Sizes:
 def sizes_of(section: Section) -> list[Sizes]:
     """Sizes by term, the most frequent first, and model; repeated first masks have none of their own."""
     found = []
-    for unit, term in _groups(section):
+    groups = _groups(section)
+    for unit, term in sorted(groups, key=lambda group: (-len(groups[group]), group)):
         for line, rows in section.rows.items():
-            mine = [row for row in rows if (row.size_unit, row.term) == (unit, term)]
+            mine = [rows[place] for place in groups[unit, term]]
             pairs = [(row.size_predicted, row.size_true) for row in mine]
             if line[0] == COPY or not pairs or any(side is None for pair in pairs for side in pair):
                 continue
@@ -59,13 +60,13 @@ def sizes_of(section: Section) -> list[Sizes]:
     return found
 
 
-def _groups(section: Section) -> list[tuple[str, str]]:
-    """Units and terms that have sizes, those of the most objects first."""
-    counts: dict[tuple[str, str], int] = {}
-    for row in section.objects:
+def _groups(section: Section) -> dict[tuple[str, str], list[int]]:
+    """Units and terms that have sizes, each with the positions of its objects."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for place, row in enumerate(section.objects):
         if row.size_unit:
-            counts[row.size_unit, row.term] = counts.get((row.size_unit, row.term), 0) + 1
-    return sorted(counts, key=lambda group: (-counts[group], group))
+            found.setdefault((row.size_unit, row.term), []).append(place)
+    return found
 
 
 def size_tables(section: Section) -> list[Told]:

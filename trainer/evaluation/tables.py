@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,12 +56,12 @@ class Section:
         """A row of each object, whatever it says of the answers."""
         return next(iter(self.rows.values()), [])
 
-    @property
+    @cached_property
     def modalities(self) -> list[str]:
         """In alphabetical order."""
         return sorted({row.modality for rows in self.rows.values() for row in rows})
 
-    @property
+    @cached_property
     def metrics(self) -> list[str]:
         """Scores that there are."""
         return [m for m in METRICS if any(getattr(r, m) is not None for rows in self.rows.values() for r in rows)]

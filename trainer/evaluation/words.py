@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 
 from data_shards.batch import TripletBatch
 from data_shards.dataset import ShardDataset
@@ -45,7 +46,12 @@ def find(
     return np.stack(masks).astype(bool)
 
 
-def find_in_slices(module: SAM3Module, part: Part, terms: Sequence[str], precision: Precision) -> np.ndarray:
-    """Ask for K terms in every slice of a part: (K, D, H, W) bool."""
-    positions = part.whole.positions[part.first : part.last + 1]
-    return np.stack([find(module, part.whole.shards, one, terms, precision) for one in positions], axis=1)
+def find_in_slices(
+    module: SAM3Module, part: Part, terms: Sequence[str], precision: Precision
+) -> list[list[dict[str, object]]]:
+    """Ask for K terms in every slice of a part: for each its D masks, as COCO's run lengths."""
+    found: list[list[dict[str, object]]] = [[] for _ in terms]
+    for position in part.whole.positions[part.first : part.last + 1]:
+        for mine, mask in zip(found, find(module, part.whole.shards, position, terms, precision), strict=True):
+            mine.append(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
+    return found
