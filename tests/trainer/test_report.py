@@ -764,6 +764,31 @@ class TestNsdAndGroups:
         assert summary["nsd_before"] == pytest.approx((BEFORE + 0.1).mean())
         assert summary["nsd_after"] == pytest.approx((AFTER + 0.05).mean())
 
+    def test_boxes_are_drawn_by_modality_where_there_are_several(self, empty: Run) -> None:
+        write_scored(empty, "untouched", BEFORE, BEFORE + 0.1)
+        write_scored(empty, "tuned", AFTER, AFTER + 0.05)
+        page = page_of(empty)
+        part = page.partition("<h2>By modality</h2>")[2].partition("</section>")[0]
+        assert re.findall(r'aria-label="(\w+ by modality)"', part) == ["DSC by modality", "NSD by modality"]
+        for name, values in (("CT", slice(1, None, 2)), ("endoscopy", slice(0, None, 2))):
+            for when, scores in (("before tuning", BEFORE[values]), ("after tuning", AFTER[values])):
+                low, median, high = np.percentile(scores, [25, 50, 75])
+                tip = f"{name}, {when}: median {median:.3f}, quartiles {low:.3f} and {high:.3f}, whiskers "
+                assert tip in part
+        assert page.count(' by data set">') == page.count(' by term">') == 0, "one chart of it is enough"
+
+    def test_boxes_of_a_single_modality_are_by_term_and_of_the_largest_only(self, empty: Run) -> None:
+        rows = [
+            CaseScore(f"k{n}-{copy}", 0, f"term {n:02d}", "CT", 50, 0.5 + n / 100, 0.4)
+            for n in range(15)
+            for copy in range(n + 1)
+        ]
+        write_scores(empty.evaluation("tuned") / "per_case.csv", rows)
+        part = page_of(empty).partition("<h2>By term</h2>")[2].partition("</section>")[0]
+        assert part.count('class="dist s0"><title>') == 12
+        assert "term 14, after tuning: median 0.640" in part and "term 02, after" not in part
+        assert "The 12 largest groups are drawn; 3 more are in the table." in part
+
     def test_an_evaluation_of_an_earlier_version_stands_beside_a_new_one(self, empty: Run) -> None:
         write_scored(empty, "untouched", BEFORE)
         write_scored(empty, "tuned", AFTER, AFTER)

@@ -1,36 +1,73 @@
-"""Tables of scores by data set, modality and term."""
+"""Box plots and tables of scores by data set, modality and term."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
+from trainer.report.boxes import box_plot
+from trainer.report.boxes import box_plot
 from trainer.report.data import RunData
 from trainer.report.markup import UNKNOWN, paragraph, score, section, signed, table
 from trainer.scores import CaseScore, grouped, values_of
 
 _TITLES = {"dataset": "By data set", "modality": "By modality", "term": "By term"}
 _NAMES = {"dsc": "DSC", "iou": "IoU", "nsd": "NSD"}
+_DRAWN = ("dsc", "nsd")
+"""Metrics with a box plot: IoU says the same as DSC."""
+MOST_GROUPS = 12
+"""Groups in a box plot, the largest ones; the table has all."""
+
+MOST_BOXES = 20
+"""Groups of a figure; of more, the largest ones are drawn."""
 
 Pair = tuple[CaseScore | None, CaseScore]
 """A target before and after tuning; of a run with one evaluation, that one alone."""
 
 
 def group_sections(data: RunData) -> list[str]:
-    """A table for every kind of group; of data sets and modalities only where there are several."""
+    """Box plots and a table for every kind of group; of data sets and modalities only where there are several.
+
+    Boxes are drawn by modality, as in the papers' figures, and of a single modality by data set and by term.
+    """
     pairs: list[Pair] = [*data.pairs()] or [(None, row) for row in data.scores()]
     before = {(row.key, row.target): row for row, _ in pairs if row}
     parts: dict[str, dict[str, list[Pair]]] = {}
     for (kind, name), rows in grouped([after for _, after in pairs]).items():
         parts.setdefault(kind, {})[name] = [(before.get((row.key, row.target)), row) for row in rows]
+    several = len(parts.get("modality", ())) > 1
     return [
-        _section(data, title, parts[kind], pairs)
+        _section(data, title, parts[kind], pairs, drawn=several == (kind == "modality"))
         for kind, title in _TITLES.items()
         if len(parts.get(kind, ())) > (kind != "term")
     ]
+
+
+def box_charts(groups: Mapping[str, Mapping[str, Sequence[CaseScore]]], what: str) -> str:
+    """Box plots of DSC and, where there is any, NSD.
+
+    Args:
+        groups: Groups in order → series → targets.
+        what: What is drawn, such as ``by modality``, for who does not see it.
+    """
+    shown = dict(list(groups.items())[:MOST_GROUPS])
+    charts = []
+    for metric in _DRAWN:
+        values = {
+            group: {who: values_of(rows, metric) for who, rows in series.items()} for group, series in shown.items()
+        }
+        if any(found.size for series in values.values() for found in series.values()):
+            drawn = box_plot(values, name=_NAMES[metric], label=f"{_NAMES[metric]} {what}")
+            charts.append(f"<figure>{drawn}</figure>")
+    left = len(groups) - len(shown)
+    more = f" The {MOST_GROUPS} largest groups are drawn; {left} more are in the table." if left else ""
+    note = (
+        "Boxes: quartiles and median; whiskers: the last target within 1.5 interquartile ranges; dots: targets beyond."
+    )
+    return f'<div class="charts boxes">{"".join(charts)}</div>\n{paragraph(note + more, "note")}' if charts else ""
 
 
 def mean_sd(rows: Sequence[CaseScore], metric: str) -> str:
@@ -61,7 +98,7 @@ def tolerance_note(rows: Sequence[CaseScore]) -> str:
     return f"NSD: share of both outlines that is within {' or '.join(found)} of the other." if found else ""
 
 
-def _section(data: RunData, title: str, groups: dict[str, list[Pair]], pairs: list[Pair]) -> str:
+def _section(data: RunData, title: str, groups: dict[str, list[Pair]], pairs: list[Pair], *, drawn: bool) -> str:
     rows = [after for _, after in pairs]
     metrics = scored_metrics(rows)
     name = title.removeprefix("By ").capitalize()
@@ -76,7 +113,16 @@ def _section(data: RunData, title: str, groups: dict[str, list[Pair]], pairs: li
     lines = [_row(group, groups[group], metrics) for group in ordered]
     label = f"Scores {title.lower()}, mean ± standard deviation"
     note = f"DSC: mean ± standard deviation, and median with quartiles. {tolerance_note(rows)}".strip()
-    return section(title, table(columns, lines, label=label, foot=foot), paragraph(note, "note"))
+    boxes = box_charts({group: _series(data, groups[group]) for group in ordered}, title.lower()) if drawn else ""
+    return section(title, boxes, table(columns, lines, label=label, foot=foot), paragraph(note, "note"))
+
+
+def _series(data: RunData, pairs: Sequence[Pair]) -> dict[str, list[CaseScore]]:
+    """Targets of a group by when they were scored."""
+    before, after = [one for one, _ in pairs if one], [other for _, other in pairs]
+    if before:
+        return {"before tuning": before, "after tuning": after}
+    return {"after tuning" if data.after else "before tuning": after}
 
 
 def _row(group: str, pairs: Sequence[Pair], metrics: Sequence[str]) -> tuple[Any, ...]:
