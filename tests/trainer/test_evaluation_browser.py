@@ -35,7 +35,7 @@ def test_the_page_is_whole_on_a_desk(page: Path) -> None:
     with browsed(page) as tab:
         assert too_wide(tab) == 0
         headings = tab.locator("h3").all_inner_texts()
-        assert "Areas: do predicted and true sizes agree?" in headings
+        assert "Areas in mm²: do predicted and true sizes agree?" in headings
         for begins in ("By size of the target", "Lesions: ", "Prompt noise: "):
             assert any(heading.startswith(begins) for heading in headings), begins
         charts = tab.locator("svg.chart[role=img]")

@@ -592,7 +592,7 @@ VOLUMES = {"folder": "FOLDER", "kind": "3d"}
 MISTAKES = {
     "an unknown key": ({"set": [IMAGES]}, "unknown key 'set'; did you mean 'sets'?"),
     "an unknown key of a set": ({"sets": [{**IMAGES, "promt": "box"}]}, "unknown key 'promt'; did you mean 'prompt'?"),
-    "an unknown prompt": ({"sets": [{**IMAGES, "prompt": "words"}]}, "sets[0].prompt: expected one of box, point, mask"),
+    "an unknown prompt": ({"sets": [{**IMAGES, "prompt": "word"}]}, "sets[0].prompt: expected one of box, point, mask"),
     "no sets": ({"sets": []}, "models and sets name at least one each"),
     "a folder that is not there": ({"sets": [{**IMAGES, "folder": "nowhere"}]}, "set 'nowhere': nowhere: no index"),
     "an unknown term": ({"sets": [{**IMAGES, "terms": ["brigth"]}]}, "it has no 'brigth'; did you mean 'bright'?"),

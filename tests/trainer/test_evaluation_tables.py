@@ -236,6 +236,17 @@ def test_subgroups_are_those_of_the_table(out, cells) -> None:
     assert f"| livers | 6 | DSC | {median:.3f} ({q1:.3f}–{q3:.3f}) |" in text
 
 
+def test_compare_takes_the_same_thirds(out, cells) -> None:
+    (table,) = compare_columns(read_columns([str(out)]), by=("size",), metrics=["dsc"])
+    mm2 = np.array([float(one["size_true"]) for one in of(cells, "Bright") if one["size_unit"] == "mm2"])
+    low, high = np.quantile(mm2, [1 / 3, 2 / 3])
+    counts = {line.group[0].partition(":")[0] + line.group[0][-4:]: line.objects for line in table.lines[:3]}
+    third = [(mm2 <= low).sum(), ((mm2 > low) & (mm2 <= high)).sum(), (mm2 > high).sum()]
+    assert counts == dict(zip(("small mm²", "medium mm²", "large mm²"), third, strict=True)), "and they rise"
+    (planes,) = compare_columns(read_columns([str(out)]), by=("plane",), metrics=["dsc"])
+    assert [(line.group[0], line.objects) for line in planes.lines] == [("axial", 4), ("coronal", 8), ("all", 12)]
+
+
 def test_going_on_needs_no_model_and_other_subgroups_neither(out, shards, capsys) -> None:
     before = (out / "per_case.csv").read_text()
     sets = [{"name": "n", "folder": str(shards), "kind": "2d", "objects": "term", "lesions": True, "noise": [20, 0, 5]}]
@@ -272,7 +283,7 @@ def test_volumes_in_millilitres_and_text_in_slices(tmp_path, request) -> None:
     assert {one.noise for one in rows if one.model == "copy"} == {0}
     assert len([one for one in rows if one.noise == 10]) == 6
     text = (tmp_path / "out/summary.md").read_text()
-    assert "### Volumes: do predicted and true sizes agree?" in text and "true, median (mL)" in text
+    assert "### Volumes in mL: do predicted and true sizes agree?" in text and "true, median (mL)" in text
 
 
 @pytest.fixture(scope="module")

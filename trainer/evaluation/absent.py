@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from trainer.evaluation.rows import Row
-from trainer.evaluation.sizes import UNITS
 from trainer.evaluation.tables import Line, Section, label
+from trainer.evaluation.thirds import UNITS
 from trainer.evaluation.told import Told, amount
 from trainer.report.markup import UNKNOWN, score
 

@@ -45,6 +45,9 @@ class Answer:
         tolerance: Largest distance that NSD forgives, with its unit.
         truth: What else must be alike where two models answered the same object.
         scores: By the metric's name; those that the table has.
+        plane: Anatomical plane of the slices; empty where the table does not say.
+        extent: True volume or area of the object; None likewise.
+        size: Unit of that; empty likewise.
     """
 
     kind: str
@@ -59,6 +62,9 @@ class Answer:
     tolerance: str
     truth: str
     scores: dict[str, float]
+    plane: str = ""
+    extent: float | None = None
+    size: str = ""
 
     @property
     def place(self) -> Place:
@@ -181,7 +187,7 @@ def _scored(score: CaseScore) -> Answer:
     found = {metric: getattr(score, metric) for metric in METRICS if getattr(score, metric) is not None}
     truth = f"'{score.term}' of {score.area_px} px"
     about = (score.key, score.target, _plain(score.term), _plain(score.dataset), _plain(score.modality))
-    return Answer("", "", "", "", *about, score.tolerance, truth, found)
+    return Answer("", "", "", "", *about, score.tolerance, truth, found, "", score.area_px, "px")
 
 
 def _models(name: str, path: Path) -> list[Column]:
@@ -223,7 +229,8 @@ def _evaluated(row: evaluated.Row, path: Path) -> Answer:
     way = "" if row.model == COPY or row.initial == TEXT else "model" if row.initial == row.model else row.initial
     truth = f"'{row.term}' in {row.slices} slices from {row.first}, shown on {row.shown}"
     about = (row.case, row.target, _plain(row.term), _plain(row.dataset), _plain(row.modality))
-    return Answer(row.kind, row.prompt, way, row.set, *about, row.tolerance, truth, found)
+    more = (_plain(row.plane) if row.plane else "", row.size_true, row.size_unit)
+    return Answer(row.kind, row.prompt, way, row.set, *about, row.tolerance, truth, found, *more)
 
 
 def _plain(value: str) -> str:

@@ -67,7 +67,8 @@ def _parser() -> CommandParser:
     parser.add_argument("--models", nargs="+", metavar="NAME", help="these columns alone, in this order")
     parser.add_argument(
         "--by", nargs="+", default=["modality"], metavar="NAME",
-        help="what rows are of: dataset, modality, term, set, tolerance, or several (default: modality)",
+        help="what rows are of: dataset, modality, term, set, tolerance, plane, size (terciles), or several (default: "
+        "modality)",
     )  # fmt: skip
     parser.add_argument(
         "--metric", nargs="+", default=[], metavar="NAME",

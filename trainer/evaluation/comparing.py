@@ -13,6 +13,7 @@ from data_shards.errors import UserError, counted, nearest
 from trainer.evaluation.columns import Answer, Column, Place
 from trainer.evaluation.paired import Cell, Test, spread, tested, values_of
 from trainer.evaluation.protocol import TEXT
+from trainer.evaluation.thirds import thirds
 from trainer.report.statistics import holm
 from trainer.scores import UNKNOWN
 
@@ -20,7 +21,15 @@ METRICS = {"dsc": "DSC", "iou": "IoU", "nsd": "NSD", "hd95": "HD95", "dsc_unprom
 """Scores that can be compared, and what the tables call them."""
 USUAL = ("dsc", "nsd")
 """Those that are compared where none is named."""
-GROUPINGS = {"dataset": "data set", "modality": "modality", "term": "term", "set": "set", "tolerance": "tolerance"}
+GROUPINGS = {
+    "dataset": "data set",
+    "modality": "modality",
+    "term": "term",
+    "set": "set",
+    "tolerance": "tolerance",
+    "plane": "plane",
+    "size": "size of the target",
+}
 """What rows can be of, and what the tables call it."""
 LOWER_IS_BETTER = ("hd95",)
 ALL = ("all",)
@@ -258,12 +267,22 @@ def _groups(
 ) -> Iterable[tuple[tuple[str, ...], dict[str, list[Answer]]]]:
     """The rows' objects: one row for each group that there is, then one for all if there are several."""
     places: dict[tuple[str, ...], list[int]] = {}
-    for place, answers in enumerate(zip(*aligned.values(), strict=True)):
-        places.setdefault(tuple(_known(answers, name) for name in by), []).append(place)
-    for group in sorted(places):
+    beside = list(zip(*aligned.values(), strict=True))
+    sizes = thirds([_size(answers) for answers in beside]) if "size" in by else {}
+    third = {place: name for name, some in sizes.items() for place in some}
+    for place, answers in enumerate(beside):
+        words = (third.get(place, UNKNOWN) if name == "size" else _known(answers, name) for name in by)
+        places.setdefault(tuple(words), []).append(place)
+    rank = {name: number for number, name in enumerate(sizes)}  # sizes rise, other words go by the alphabet
+    for group in sorted(places, key=lambda words: [(rank.get(word, -1), word) for word in words]):
         yield group, {name: [mine[place] for place in places[group]] for name, mine in aligned.items()}
     if len(places) > 1:
         yield ALL, aligned
+
+
+def _size(answers: Sequence[Answer]) -> tuple[float | None, str]:
+    """How large an object is, by the first table that says it: those of earlier versions do not."""
+    return next(((one.extent, one.size) for one in answers if one.extent is not None), (None, ""))
 
 
 def _known(answers: Sequence[Answer], name: str) -> str:

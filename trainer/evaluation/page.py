@@ -8,10 +8,11 @@ from trainer.evaluation.absent import absent_tables
 from trainer.evaluation.curves import noise_curves, noise_tables
 from trainer.evaluation.lesions import lesion_tables
 from trainer.evaluation.protocol import COPY
-from trainer.evaluation.sizes import UNITS, Sizes, size_tables, sizes_of
+from trainer.evaluation.sizes import Sizes, size_tables, sizes_of
 from trainer.evaluation.subgroups import subgroup_tables
 from trainer.evaluation.tables import Section, label
 from trainer.evaluation.text import difference_table, heading, interval_table, left_out_note, note, score_table
+from trainer.evaluation.thirds import UNITS
 from trainer.evaluation.told import Told
 from trainer.report.boxes import box_plot
 from trainer.report.markup import Markup, paragraph, section, table, text
@@ -87,7 +88,14 @@ def _section(one: Section, by: Sequence[str] | None) -> str:
 def _told(told: Told, title: str) -> str:
     """A table with its heading and note."""
     head = f"<h3>{text(told.title)}</h3>\n{paragraph(told.note, 'note')}"
-    lines = [[Markup(f'<span class="whole">{text(first)}</span>'), *more] for first, *more in told.lines]
+    names = {place for place in (0, 1) if place in told.words}
+    lines = [
+        [
+            Markup(f'<span class="whole">{text(cell)}</span>') if place in names else cell
+            for place, cell in enumerate(line)
+        ]
+        for line in told.lines
+    ]
     drawn = table(told.columns, lines, label=f"{title}: {told.title}", words=told.words)
     return f'<div class="below">{head}{drawn}</div>'
 

@@ -13,12 +13,10 @@ import numpy as np
 
 from trainer.evaluation.protocol import COPY
 from trainer.evaluation.tables import Line, Section, label
+from trainer.evaluation.thirds import UNITS
 from trainer.evaluation.told import Told, amount, between
 from trainer.metrics.agreement import Agreement, agreement
 from trainer.report.markup import UNKNOWN, p_value
-
-UNITS = {"ml": "mL", "voxels": "voxels", "mm2": "mm²", "px": "px"}
-"""Units as the table has them, and as they are written."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,9 @@ def _table(unit: str, found: Sequence[Sizes]) -> Told:
         "true; about 95 % of the differences lie within the limits of agreement (Bland and Altman 1986). Proportional "
         "bias is by how much the difference grows with each unit of size. A high correlation alone is no agreement."
     )
-    return Told(f"{what}: do predicted and true sizes agree?", columns, lines, note, (0, 1, 4, 5, 6, 7))
+    return Told(
+        f"{what} in {UNITS[unit]}: do predicted and true sizes agree?", columns, lines, note, (0, 1, 4, 5, 6, 7)
+    )
 
 
 def size_summary(section: Section) -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ import numpy as np
 
 from trainer.evaluation.protocol import COPY, GROUPINGS
 from trainer.evaluation.rows import Row
-from trainer.evaluation.sizes import UNITS
 from trainer.evaluation.tables import METRICS, Section, figures, label
-from trainer.evaluation.told import Told, amount
+from trainer.evaluation.thirds import thirds
+from trainer.evaluation.told import Told
 from trainer.report.markup import UNKNOWN, score
 
 SHOWN = ("dsc", "nsd")
@@ -49,31 +49,13 @@ def groups_of(rows: Sequence[Row], name: str) -> Groups:
         name: A key of `GROUPINGS`.
     """
     if name == "size":
-        return _thirds(rows)
+        return thirds([(row.size_true, row.size_unit) for row in rows])
     if name == "spacing":
         return _spacings(rows)
     found: Groups = {}
     for place, row in enumerate(rows):
         found.setdefault(getattr(row, name) or NOT_KNOWN, []).append(place)
     return dict(sorted(found.items()))
-
-
-def _thirds(rows: Sequence[Row]) -> Groups:
-    """Terciles of the true size, within each unit; objects of one size are never torn apart."""
-    found: Groups = {}
-    for unit, written in UNITS.items():
-        places = [place for place, row in enumerate(rows) if row.size_unit == unit and row.size_true is not None]
-        if not places:
-            continue
-        sizes = np.array([rows[place].size_true for place in places], np.float64)
-        low, high = np.quantile(sizes, [1 / 3, 2 / 3])
-        middle = f"{amount(low)} to {amount(high)} {written}"
-        names = (f"small: up to {amount(low)} {written}", f"medium: {middle}", f"large: above {amount(high)} {written}")
-        thirds = (sizes <= low, (sizes > low) & (sizes <= high), sizes > high)
-        for name, inside in zip(names, thirds, strict=True):
-            if inside.any():
-                found[name] = [place for place, is_in in zip(places, inside.tolist(), strict=True) if is_in]
-    return found
 
 
 def _spacings(rows: Sequence[Row]) -> Groups:
@@ -107,7 +89,7 @@ def _cell(rows: Sequence[Row], metric: str) -> str:
 def _note(section: Section, name: str) -> str:
     how = "Median (quartiles)."
     if name == "size":
-        return f"{how} Terciles of the true size: a third of the objects each."
+        return f"{how} Terciles of the true size, within each unit: a third of the objects each."
     if name == "spacing":
         between = "rows of an image" if section.kind == "2d" else "slices"
         return f"{how} Distance between {between}, with cut points at {', '.join(f'{cut:g}' for cut in CUTS)} mm."
