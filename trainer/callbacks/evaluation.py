@@ -12,7 +12,7 @@ from data_shards.batch import TripletBatch
 from data_shards.errors import UserError, counted
 from data_shards.splits import EXTERNAL
 from trainer.callbacks.ema import scored_weights
-from trainer.callbacks.panels import PanelKeeper, spread_samples
+from trainer.callbacks.panels import PanelKeeper, RankKeeper, spread_samples
 from trainer.callbacks.record import describe_data
 from trainer.modules.scoring import Prediction
 from trainer.modules.tuned import TunedModule
@@ -38,6 +38,7 @@ class EvaluationRecord(Callback):
         name: The evaluation's name; by default ``untouched`` without a checkpoint and ``tuned`` with one. For an
             external set the folder's name follows, as in ``tuned-external-busi``, so that the report can pair them.
         panels: How many targets are kept as pictures, evenly spread over the split: the same ones in every evaluation.
+            Besides, the best, the median and the worst by DSC are kept; at 0, none at all.
     """
 
     def __init__(self, name: str | None = None, panels: int = 16) -> None:
@@ -50,6 +51,7 @@ class EvaluationRecord(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the samples to show."""
         self._keeper = PanelKeeper(spread_samples(trainer.test_dataloaders, trainer.num_test_batches[0], self.panels))
+        self._ranked, self._rows = RankKeeper(), 0
         self._skipped: dict[str, str] = {}
 
     def on_test_batch_end(
@@ -58,11 +60,19 @@ class EvaluationRecord(Callback):
         """Keep the pictures of the chosen samples, and count those that could not be read."""
         self._skipped.update({item.key: item.reason for item in batch.skipped})
         self._keeper.keep(batch, outputs)
+        assert isinstance(pl_module, TunedModule)
+        scored = [q for q in range(len(batch.identities)) if pl_module.counts(batch, q)]
+        rows = pl_module.scores[self._rows :]
+        self._rows += len(rows)
+        for q, (_, score) in zip(scored, rows, strict=True) if self.panels else ():
+            self._ranked.keep(batch, outputs, q, score.dsc)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the tables and the pictures."""
         assert isinstance(pl_module, TunedModule)
         scores, kept = pl_module.gathered_scores(), self._keeper.gathered()
+        shown = {(panel.key, panel.target) for panel in kept}
+        kept += [panel for panel in self._ranked.gathered() if (panel.key, panel.target) not in shown]
         answers: list[TermAnswer] = getattr(pl_module, "gathered_answers", list)()  # of modules that are asked in words
         skipped = {key: reason for part in every_rank(self._skipped) for key, reason in sorted(part.items())}
         if not trainer.is_global_zero:

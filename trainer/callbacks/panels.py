@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -32,6 +34,10 @@ def spread_samples(loader: TripletLoader, batches: int | float, count: int) -> l
     return [int(position) for position in fits[places]]
 
 
+Place = tuple[float, int, int]
+"""DSC of a target, its sample's position in the corpus and its own in the sample: in the order of scores."""
+
+
 class PanelKeeper:
     """Keeps one target of each of some samples as a picture, on the rank that evaluates the sample.
 
@@ -59,6 +65,51 @@ class PanelKeeper:
         return [merged[position] for position in sorted(merged)]
 
 
+class RankKeeper:
+    """Keeps the best, the median and the worst target of an evaluation as pictures, in one pass over it.
+
+    Best and worst are kept whenever they are beaten. For the median the targets are kept whose scores lie nearest to
+    the median so far: of those that come in any order it is, in the end, nearly always among them, else a neighbour.
+
+    Args:
+        around: How many are kept about the median, on each rank.
+    """
+
+    def __init__(self, around: int = 24) -> None:
+        self._around = around
+        self._seen: list[float] = []
+        self._kept: dict[Place, Panel] = {}
+
+    def keep(self, batch: TripletBatch, prediction: Prediction, q: int, dsc: float) -> None:
+        """Look at a target that was scored, and keep it as a picture if it may be wanted."""
+        place = (dsc, *batch.identities[q])
+        bisect.insort(self._seen, dsc)
+        wanted = self._wanted({*self._kept, place})
+        if place in wanted:
+            self._kept[place] = panel_of(batch, prediction, q)
+        self._kept = {one: panel for one, panel in self._kept.items() if one in wanted}
+
+    def _wanted(self, places: set[Place]) -> set[Place]:
+        """Those of some that are worst, best or near to the median."""
+        ordered = sorted(places)
+        median = self._seen[(len(self._seen) - 1) // 2]
+        near = sorted(ordered, key=lambda place: abs(place[0] - median))[: self._around]
+        return {ordered[0], ordered[-1], *near}
+
+    def gathered(self) -> list[Panel]:
+        """Worst, median and best of all ranks, as far as there are so many. All ranks must ask."""
+        parts = every_rank(list(self._kept))
+        scores = sorted(score for part in every_rank(self._seen) for score in part)
+        places = sorted({place for part in parts for place in part})
+        if not places:
+            return []
+        middle = min(places, key=lambda place: abs(place[0] - scores[(len(scores) - 1) // 2]))
+        chosen = list(dict.fromkeys((places[0], middle, places[-1])))
+        mine = {place: self._kept[place] for place in chosen if place in self._kept}
+        merged = {place: panel for part in every_rank(mine) for place, panel in part.items()}
+        return [merged[place] for place in chosen]
+
+
 def panel_of(batch: TripletBatch, prediction: Prediction, q: int) -> Panel:
     """Target `q` of a batch as a picture."""
     image = int(batch.image_index[q])
@@ -73,6 +124,7 @@ def panel_of(batch: TripletBatch, prediction: Prediction, q: int) -> Panel:
         prediction=prediction.masks[q].cpu().numpy().astype(np.uint8),
         box=prediction.boxes[q].numpy(force=True).astype(np.float32),
         points=points[points[:, 2] >= 0].astype(np.float32),
+        target=batch.identities[q][1],
     )
 
 

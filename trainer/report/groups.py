@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from trainer.report.boxes import box_plot
-from trainer.report.boxes import box_plot
 from trainer.report.data import RunData
 from trainer.report.markup import UNKNOWN, paragraph, score, section, signed, table
 from trainer.scores import CaseScore, grouped, values_of
@@ -20,9 +19,6 @@ _DRAWN = ("dsc", "nsd")
 """Metrics with a box plot: IoU says the same as DSC."""
 MOST_GROUPS = 12
 """Groups in a box plot, the largest ones; the table has all."""
-
-MOST_BOXES = 20
-"""Groups of a figure; of more, the largest ones are drawn."""
 
 Pair = tuple[CaseScore | None, CaseScore]
 """A target before and after tuning; of a run with one evaluation, that one alone."""

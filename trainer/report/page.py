@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from data_shards.errors import counted
 from trainer.report.answer import answer, limits, scored_unlike
 from trainer.report.charts import MOST_LINES, jitter_chart, line_chart, paired_plot
+from trainer.report.cost import cost_section, millions
 from trainer.report.data import Evaluation, RunData
 from trainer.report.gate import gate_figure, gate_section
 from trainer.report.groups import group_sections, mean_sd, scored_metrics
@@ -49,7 +49,7 @@ def render(data: RunData) -> str:
             _others(data.others),
             gate_section(data.exports),
             _facts(data),
-            _stages(data.stages),
+            cost_section(data),
             _recipe(data.recipe),
         )
         if part
@@ -102,14 +102,14 @@ def _key_figures(data: RunData) -> str:
     rate, fit = data.images_per_second(), data.stages.get("fit")
     gate, why = gate_figure(data.exports)
     share = (
-        f"{trainable / total:.2%} of {_millions(total)}".replace("%", " %") if total and trainable is not None else ""
+        f"{trainable / total:.2%} of {millions(total)}".replace("%", " %") if total and trainable is not None else ""
     )
     figures = (
         ("Mean DSC", *_before_after(data, "dsc")),
         ("Mean IoU", *_before_after(data, "iou")),
         *((("Mean NSD", *_before_after(data, "nsd")),) if "nsd" in scored_metrics(data.scores()) else ()),
         ("Images per second", f"{rate:,.3g}" if rate else None, "median over the training" if rate else "not logged"),
-        ("Parameters that learn", _millions(trainable), share or "not recorded"),
+        ("Parameters that learn", millions(trainable), share or "not recorded"),
         ("Time to fit", duration(fit), data.record.get("hardware") or ""),
         ("Export gate", gate, why),
     )
@@ -138,12 +138,14 @@ def _panels(data: RunData) -> str:
     if not choices:
         return ""
     kept = max(len(evaluation.panels) for evaluation in (data.before, data.after) if evaluation)
+    ranked = any(choice.rank for choice in choices)
+    ranks = " Ranks are among all targets that were scored, the best being the 1st." if ranked else ""
     note = (
         f"{counted(len(choices), 'target')} of the {kept} that were kept as pictures, from worst to best by DSC"
-        f"{' after tuning' if data.after else ''}; the numbers are DSC."
+        f"{' after tuning' if data.after else ''}; the numbers are DSC.{ranks}"
     )
     figures = "\n".join(draw(choice, number) for number, choice in enumerate(choices))
-    paired = choices[0].before and choices[0].after
+    paired = any(choice.before and choice.after for choice in choices)
     return section(
         "Before and after" if paired else "Pictures",
         paragraph(note, "note"),
@@ -315,23 +317,5 @@ def _facts(data: RunData) -> str:
     return section("About the run", known, f'<div class="below">{shards}</div>' if shards else "")
 
 
-def _stages(stages: dict[str, float]) -> str:
-    if not stages:
-        return ""
-    total, longest = math.fsum(stages.values()), max(max(stages.values()), 1e-9)
-    rows = [
-        (name, Markup(f'<span class="bar" style="width:{7 * seconds / longest:.2f}rem"></span>'), duration(seconds))
-        for name, seconds in stages.items()
-    ]
-    columns, foot = ("Stage", "Share", "Time"), ("total", Markup(""), duration(total))
-    return section("Time", table(columns, rows, label="Time by stage", words=(0, 1), foot=foot))
-
-
 def _recipe(recipe: str) -> str:
     return section("Recipe", f"<details><summary>As it was resolved</summary><pre>{text(recipe)}</pre></details>")
-
-
-def _millions(number: int | None) -> str | None:
-    if number is None:
-        return None
-    return f"{number / 1e6:,.2f} M" if number >= 1e6 else f"{number:,}"

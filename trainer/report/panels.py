@@ -27,6 +27,7 @@ class Panel:
         prediction: (H, W) uint8, nonzero inside.
         box: (4,) float32, the prompt (x0, y0, x1, y1) in native pixels, the outermost pixels included; NaN without one.
         points: (P, 3) float32, the prompt's points as (x, y, label) in native pixels, 1 on the target and 0 beside it.
+        target: Position of the target in its sample; −1 in files of earlier versions.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Panel:
     prediction: np.ndarray
     box: np.ndarray
     points: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.float32))
+    target: int = -1
 
     @property
     def dsc(self) -> float:
@@ -62,6 +64,7 @@ def save_panels(path: Path, panels: Sequence[Panel]) -> None:
         arrays[f"prediction_{number}"] = np.asarray(prediction, np.uint8)
         if len(panel.points):
             arrays[f"points_{number}"] = np.asarray(panel.points, np.float32)
+    arrays["targets"] = np.array([panel.target for panel in panels], np.int64)
     arrays["boxes"] = np.asarray([panel.box for panel in panels], np.float32).reshape(-1, 4)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -88,6 +91,7 @@ def load_panels(path: Path) -> list[Panel]:
                 prediction=arrays[f"prediction_{number}"],
                 box=arrays["boxes"][number],
                 points=arrays.get(f"points_{number}", np.zeros((0, 3), np.float32)),
+                target=int(arrays["targets"][number]) if "targets" in arrays else -1,
             )
             for number, (key, term) in enumerate(zip(arrays["keys"], arrays["terms"], strict=True))
         ]

@@ -10,7 +10,7 @@ import base64
 import io
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
@@ -26,6 +26,8 @@ SIDE = 480
 MOST_TEXT = 60_000
 """Characters of an outline; one that needs more is drawn coarser, so that the page stays light."""
 SHOWN = 6
+SAME = 0.001
+"""Difference of DSC up to which a picture is taken for the target of a table's row."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,14 @@ class Choice:
         why: Why this one.
         before: The panel before tuning, or None.
         after: The panel after tuning, or None.
+        rank: Its place by DSC among all targets that were scored, the worst being 1, and their number; None where the
+            panel does not say which target it is.
     """
 
     why: str
     before: Panel | None
     after: Panel | None
+    rank: tuple[int, int] | None = None
 
     @property
     def panel(self) -> Panel:
@@ -60,24 +65,74 @@ class Crop:
 
 
 def choose(data: RunData) -> list[Choice]:
-    """Choose worst, quartiles and best by DSC after tuning, and the target that gained least."""
+    """Choose worst, quartiles and best by DSC after tuning, and the target that gained least.
+
+    Best, median and worst of all targets are among them where they were kept; they may lack the picture before tuning.
+    """
+    last_one = data.after or data.before
+    ranks = _ranks(last_one)
     before, after = _by_target(data.before), _by_target(data.after)
-    places = [place for place in after if place in before] or list(after or before)
-    pairs = [(before.get(place), after.get(place)) for place in places]
-    ranked = sorted((Choice("", *pair) for pair in pairs), key=lambda choice: choice.panel.dsc)
+    count = len(last_one.scores) if last_one else 0
+    middle = (count + 1) // 2
+    found = []
+    for place, panel in (after or before).items():
+        rank = ranks.get((panel.key, panel.target))
+        if rank and abs(rank[1] - panel.dsc) > SAME:  # a file of another evaluation
+            rank = None
+        both = place in before and place in after
+        if both or not (before and after) or (rank and rank[0] in (1, middle, count)):
+            known = (rank[0], count) if rank else None
+            found.append(Choice("", before.get(place), after.get(place), known))
+    if not any(choice.before and choice.after for choice in found) and before and after:
+        found = [Choice("", None, panel) for panel in after.values()]
+    ranked = sorted(found, key=lambda choice: (choice.panel.dsc, choice.rank or (0, 0)))
     if not ranked:
         return []
+    wanted = _wanted(ranked, middle)
+    return [replace(ranked[place], why=wanted[place]) for place in sorted(wanted)]
+
+
+def _wanted(ranked: Sequence[Choice], middle: int) -> dict[int, str]:
+    """Which of some targets, from worst to best, are shown, and why."""
     last = len(ranked) - 1
     wanted = {last: "Best", 0: "Worst"} if last else {0: "The only one"}
-    for share, why in ((0.5, "Median"), (0.25, "Lower quartile"), (0.75, "Upper quartile")):
+    medians = [place for place, choice in enumerate(ranked) if choice.rank and choice.rank[0] == middle]
+    wanted.setdefault((medians or [round(0.5 * last)])[0], "Median")
+    for share, why in ((0.25, "Lower quartile"), (0.75, "Upper quartile")):
         wanted.setdefault(round(share * last), why)
-    gains = [choice.after.dsc - choice.before.dsc for choice in ranked if choice.after and choice.before]
+    pairs = [(place, one.before, one.after) for place, one in enumerate(ranked)]
+    gains = [(after.dsc - before.dsc, place) for place, before, after in pairs if before and after]
     if gains:
-        wanted.setdefault(int(np.argmin(gains)), "Least gained" if min(gains) >= 0 else "Fell most")
+        least, place = min(gains)
+        wanted.setdefault(place, "Least gained" if least >= 0 else "Fell most")
     for place in np.linspace(0, last, SHOWN * 2 - 1).round().astype(int):
         if len(wanted) < SHOWN:
             wanted.setdefault(int(place), "Between")
-    return [Choice(wanted[place], ranked[place].before, ranked[place].after) for place in sorted(wanted)]
+    return wanted
+
+
+def _ranks(evaluation: Evaluation | None) -> dict[tuple[str, int], tuple[int, float]]:
+    """Place by DSC, the worst being 1, and DSC of every target of an evaluation."""
+    rows = sorted(evaluation.scores, key=lambda row: row.dsc) if evaluation else []
+    return {(row.key, row.target): (place, row.dsc) for place, row in enumerate(rows, 1)}
+
+
+def label_of(choice: Choice) -> str:
+    """Why a target is shown, and its place among all: ``Worst`` is said alone only of the worst of all."""
+    if choice.rank is None:
+        return choice.why
+    place, count = choice.rank
+    true = {"Worst": place == 1, "Best": place == count, "Median": place == (count + 1) // 2}
+    why = choice.why if true.get(choice.why, True) else f"{choice.why} of those kept"
+    if count < 2:
+        return why
+    return f"{why}, {ordinal(count + 1 - place)} of {count:,}"
+
+
+def ordinal(number: int) -> str:
+    """``1st``, ``2nd``, ``3rd``, ``4th``, ``11th``."""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number:,}{ending}"
 
 
 def crop_of(choice: Choice) -> Crop:
@@ -131,7 +186,7 @@ def draw(choice: Choice, number: int) -> str:
     close = "" if crop.side >= max(height, width) else f", cropped to {crop.side} × {crop.side}"
     return (
         f'<figure class="panel"><div class="tiles">{tiles(sides, crop, number)}</div>'
-        f"<figcaption><b>{escape(choice.why)}</b> · "
+        f"<figcaption><b>{escape(label_of(choice))}</b> · "
         f"{escape(panel.term)}<br><small>{escape(panel.key)} · {width} × {height} px{close}</small>"
         "</figcaption></figure>"
     )
@@ -161,9 +216,12 @@ def tiles(sides: Sequence[tuple[str, str, Panel]], crop: Crop, number: int) -> s
 
 
 def _by_target(evaluation: Evaluation | None) -> dict[tuple[str, str, int], Panel]:
-    """Panels by key, term, and number among the same: panels do not say which target they are."""
+    """Panels by key, term and target; in files that do not say the target, by its number among the same."""
     places: dict[tuple[str, str, int], Panel] = {}
     for panel in evaluation.panels if evaluation else ():
+        if panel.target >= 0:
+            places[panel.key, panel.term, panel.target] = panel
+            continue
         number = next(n for n in itertools.count() if (panel.key, panel.term, n) not in places)
         places[panel.key, panel.term, number] = panel
     return places
