@@ -14,6 +14,7 @@ from trainer.ablation.plots import Point, forest_plot, pareto_plot
 from trainer.ablation.results import Results, pooled
 from trainer.ablation.spec import Loaded
 from trainer.ablation.tables import (
+    COSTS,
     LEVEL,
     NAMES,
     Table,
@@ -33,9 +34,6 @@ from trainer.report.markup import Markup, code, facts, paragraph, section, table
 from trainer.report.page import document
 from trainer.run import write_whole
 from trainer.scores import grouped, values_of
-
-COSTS = 7
-"""Columns of costs in the main table, after the cell's name."""
 
 
 def write_page(path: Path, loaded: Loaded, results: Results) -> None:

@@ -9,12 +9,13 @@ from data_shards.errors import counted
 from trainer.ablation.cells import FROM_SCRATCH
 from trainer.ablation.results import KINDS, METRICS, Entry, Result, Results, Row, costs
 from trainer.ablation.spec import Loaded
-from trainer.report.latex import escaped, latex_line
 from trainer.report.markup import UNKNOWN, duration, score, signed
 from trainer.report.records import read_record
 from trainer.run import write_whole
 
 NAMES = {"dsc": "DSC", "nsd": "NSD"}
+COSTS = 7
+"""Columns of costs in the main table, after the cell's name; those of scores follow."""
 LEVEL = 0.05
 """A corrected p-value below it is marked."""
 BETTER, WORSE = "*", "↓"
@@ -285,15 +286,6 @@ def _pipes(text: str) -> str:
 
 def write_latex(path: Path, loaded: Loaded, results: Results) -> None:
     """Write ``results.tex``: the tables with booktabs, to be put into a paper as they are."""
-    lines = [f"% {loaded.name}: written by `trainer ablate`; needs \\usepackage{{booktabs}}"]
-    said = " ".join(notes(loaded, results))
-    for number, one in enumerate(all_tables(results)):
-        caption = escaped(f"{one.title}. {said}" if number == 0 else f"{one.title}.")
-        lines += [
-            *("\\begin{table}", "\\centering\\small", f"\\caption{{{caption}}}"),
-            "\\begin{tabular}{" + "".join("l" if n in one.words else "r" for n in range(len(one.columns))) + "}",
-            *("\\toprule", latex_line(one.columns), "\\midrule"),
-            *(latex_line(row) for row in one.rows),
-            *("\\bottomrule", "\\end{tabular}", "\\end{table}", ""),
-        ]
-    write_whole(path, "\n".join(lines))
+    from trainer.ablation.tex import document
+
+    write_whole(path, document(loaded.name, all_tables(results), notes(loaded, results)))

@@ -39,7 +39,7 @@ def scale(results: Results) -> str:
         if entry is None or _is_method(row) or row.name == results.reference:
             continue
         what = f"the specialist {row.name}, trained from scratch on the same images," if row.specialist else row.name
-        apart = f", {_gain(entry)}" if entry.difference is not None else ""
+        apart = f" ({_gain(entry)})" if entry.difference is not None else ""
         found.append(f"{what} reaches a median of {score(entry.median)}{apart}")
     return f"For scale: {'; '.join(found)}." if found else ""
 
@@ -63,7 +63,7 @@ def _said(kind: str, pairs: Sequence[tuple[Row, Entry]], alone: bool) -> str:
     """
     pairs = sorted(pairs, key=lambda pair: pair[1].difference or 0, reverse=True)
     if len(pairs) <= FEW:
-        names = " and ".join(f"{row.name}, {_gain(entry)}{_share(row)}," for row, entry in pairs).removesuffix(",")
+        names = " and ".join(f"{row.name} ({_gain(entry)}{_share(row)})" for row, entry in pairs)
         verb = "score" if len(pairs) > 1 else "scores"
         words = {"*": f"{names} {verb} higher beyond chance", "↓": f"{names} {verb} lower beyond chance"}
         return words.get(kind, f"no difference beyond chance was found for {names}")
@@ -72,7 +72,7 @@ def _said(kind: str, pairs: Sequence[tuple[Row, Entry]], alone: bool) -> str:
     first, entry = pairs[0]
     if not kind:
         widest, entry = max(pairs, key=lambda pair: _width(pair[1]))
-        return f"no difference beyond chance was found for {names}; the least certain is {widest.name}: {_gain(entry)}"
+        return f"no difference beyond chance was found for {names}; the least certain is {widest.name} ({_gain(entry)})"
     if kind == "*":
         return f"{who} {verb} higher beyond chance, and most of all {first.name}: {_gain(entry)}{_share(first)}"
     return f"{who} {verb} lower beyond chance; {first.name} comes closest: {_gain(entry)}{_share(first)}"
@@ -88,7 +88,7 @@ def _gain(entry: Entry) -> str:
     if entry.difference_low is None or entry.difference_high is None:
         return f"{signed(entry.difference)} in mean DSC"
     ends = f"{signed(entry.difference_low)} to {signed(entry.difference_high)}"
-    return f"{signed(entry.difference)} in mean DSC (95\u00a0% CI {ends})"
+    return f"{signed(entry.difference)} in mean DSC, 95\u00a0% CI {ends}"
 
 
 def _share(row: Row) -> str:
