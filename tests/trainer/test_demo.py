@@ -522,7 +522,7 @@ class TestUploads:
             ("a.zip", b"PK\x03\x04nonsense", "a.zip: is damaged"),
             ("a.dcm", b"\0" * 128 + b"DICMnonsense", "a.dcm: "),
             ("a.txt", b"words", "a.txt: is no image that is read here; known are DICOM, "),
-            ("a", b"words", "a: is no image that is read here"),
+            ("a", b"words", "a: is no DICOM file"),
         ):
             (tmp_path / name).write_bytes(content)
             line = refused(desk, tiny, tmp_path, tmp_path / name)
@@ -641,14 +641,20 @@ class TestCommand:
             with pytest.raises(UserError):
                 parse_size(text)
 
-    def test_a_run_a_checkpoint_and_an_export(self, tiny_run: Path, tmp_path: Path) -> None:
-        run, title = load_model(str(tiny_run), None, None, CPU)
-        assert title == f"{type(run.model).__name__} · run"
-        checkpoint = sorted((tiny_run / "checkpoints").glob("step-*.ckpt"))[-1]
+    def test_a_run_a_checkpoint_and_an_export(self, copied_run: Path, tmp_path: Path, trainer_command: Command) -> None:
+        run, title = load_model(str(copied_run), None, None, CPU)
+        assert title == f"LiteMedSAM · {copied_run.name}"
+        checkpoint = sorted((copied_run / "checkpoints").glob("step-*.ckpt"))[-1]
         again, title = load_model(str(checkpoint), None, None, CPU)
-        assert again.fingerprint() == run.fingerprint() and checkpoint.name in title
-        for place in tiny_run.glob("exports/*"):
-            load_model(str(place), None, None, CPU)
+        assert again.fingerprint() == run.fingerprint() and title.endswith(checkpoint.name)
+        out = tmp_path / "weights.pth"
+        code, _, error = trainer_command("export", copied_run, "--to", "litemedsam", "--out", out, "--samples", 1)
+        assert code == 0, error
+        exported, title = load_model(str(out), None, None, CPU)
+        assert exported.fingerprint() == run.fingerprint() and title == "LiteMedSAM · weights.pth"
+        with pytest.raises(UserError, match=r"^.*weights\.pth: "):
+            out.write_bytes(out.read_bytes()[:1000])
+            load_model(str(out), None, None, CPU)
 
 
 def test_the_server_is_closed_and_leaves_nothing(scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

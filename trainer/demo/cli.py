@@ -10,6 +10,7 @@ import importlib.util
 import ipaddress
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -59,15 +60,16 @@ def demo_command(arguments: list[str]) -> int:
     Raises:
         UserError: A mistake in the arguments, or the model cannot be loaded.
     """
-    values = _parser().parse_args(arguments)
+    values, ended = _parser().parse_args(arguments), threading.Event()
     with serving(values) as served:
+        signal.signal(signal.SIGTERM, lambda *_: ended.set())  # visitors' files are deleted then, too
         print(f"Open {served.address} in a browser; Ctrl+C ends it.", flush=True)
         if values.open:
             import webbrowser
 
             webbrowser.open(served.address)
         with suppress(KeyboardInterrupt):
-            threading.Event().wait()
+            ended.wait()
     return 0
 
 

@@ -78,7 +78,7 @@ class Page:
         self.slider = gr.Slider(0, 1, 0, step=1, label="Slice", visible=False, elem_id="slice")
         choices = [DEFAULT, *(_window_label(name) for name in WINDOWS), WHOLE]
         with gr.Row(visible=False, elem_id="windows") as self.windows:
-            self.window = gr.Dropdown(choices, value=DEFAULT, label="Window", elem_id="window")
+            self.window = gr.Dropdown(choices, value=DEFAULT, label="Window", elem_id="window", scale=2, min_width=240)
             self.level = gr.Number(label="or level", value=40, min_width=90)
             self.width = gr.Number(label="and width", value=400, minimum=0.001, min_width=90)
 
@@ -93,6 +93,8 @@ class Page:
             js_on_load=parts.LIST_SCRIPT, elem_id="objects", apply_default_css=False,
         )  # fmt: skip
         if not words:
+            if not self.handlers.answering.memory:
+                gr.HTML(f'<p class="small">{_BOXES}</p>')
             self.add = gr.Button("Add an object", size="sm", elem_id="add")
             with gr.Accordion("Box by numbers", open=False):
                 with gr.Row():
@@ -274,6 +276,7 @@ class Page:
 
 
 _CORNERS = ("x0", "y0", "x1", "y1")
+_BOXES = "MedSAM and LiteMedSAM learnt from boxes: points are for models that learnt from them too."
 _HOW = {
     "memory": "The model follows each object by its memory, from the slice on which you showed it to both ends.",
     "chain": "The mask of a slice makes the box for the next. This model has no memory and finds something in nearly "

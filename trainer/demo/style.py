@@ -11,7 +11,7 @@ CSS = """
 .dark { --demo-accent: #4fc3b8; --demo-on-accent: #06201e; --demo-soft: #b3c0ce; }
 .gradio-container { max-width: 1680px !important; margin: 0 auto !important; }
 .gradio-container .fillable { padding: 16px 24px !important; }
-.gradio-container main { padding: 0 !important; }
+.gradio-container main { padding: 0 !important; max-width: none !important; width: 100%; }
 footer { display: none !important; }
 .html-container { padding: 0 !important; }
 #head h1 { font-size: 24px; font-weight: 650; margin: 0; }
@@ -20,7 +20,8 @@ footer { display: none !important; }
   background: color-mix(in srgb, #c77700 12%, transparent); color: var(--body-text-color); }
 h2 { font-size: 16px !important; font-weight: 650 !important; margin: 4px 0 0 !important; }
 .small { font-size: 14px; line-height: 1.45; color: var(--demo-soft); margin: 0; }
-#page { align-items: flex-start; gap: 24px; display: grid; grid-template-columns: 280px minmax(0, 1fr) 300px;
+#page { width: 100%; align-items: flex-start; gap: 24px; display: grid;
+  grid-template-columns: 280px minmax(0, 1fr) 300px;
   grid-template-areas: "left middle right"; }
 #page button.sm { font-size: 14px; min-height: 38px; font-weight: 500; }
 #right .column, #right > div { gap: 10px; }
@@ -28,7 +29,11 @@ h2 { font-size: 16px !important; font-weight: 650 !important; margin: 4px 0 0 !i
 #left, #middle, #right { min-width: 0 !important; gap: 12px; }
 .status { display: flex; gap: 10px; align-items: center; flex-wrap: wrap; min-height: 24px; font-size: 15px;
   overflow-wrap: anywhere; }
-.status progress { width: 180px; height: 12px; accent-color: var(--demo-accent); }
+.status progress { appearance: none; width: 180px; height: 10px; border: 0; border-radius: 5px; overflow: hidden;
+  background: var(--border-color-primary); }
+.status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.status progress::-webkit-progress-value { background: var(--demo-accent); }
+.status progress::-moz-progress-bar { background: var(--demo-accent); }
 .status.error { padding: 8px 12px; border-left: 4px solid #c62828; border-radius: 4px;
   background: color-mix(in srgb, #c62828 12%, transparent); }
 @media (max-width: 1180px) {
