@@ -134,7 +134,7 @@ def test_lesions_are_counted_from_the_table_alone(out, cells) -> None:
     assert (found["Dark"]["sensitivity"], found["Dark"]["precision"]) == (0, None)
     assert bright["sensitivity_ci95"] == pytest.approx(wilson(24, 36))
     assert (
-        "| nodule | Bright | 12 | 36 | 24 | 12 | 0.667 (0.503–0.798) | 0.667 | 0.667 | 1.00 |"
+        "| nodule | Bright | 12 | 24 of 36 | 12 | 0.667 (0.503–0.798) | 0.667 | 0.667 | 1.00 |"
         in (out / "summary.md").read_text()
     )
 

@@ -99,12 +99,12 @@ def lesion_tables(section: Section) -> list[Told]:
         return []
     case = "volume" if section.kind == "3d" else "image"
     columns = [
-        "term", "model", f"{case}s", "lesions", "found", "false", "sensitivity (95 % CI)", "precision", "F1",
+        "term", "model", f"{case}s", "lesions found", "false", "sensitivity (95 % CI)", "precision", "F1",
         f"false per {case}", "lesion-wise DSC",
     ]  # fmt: skip
     lines = []
     for one in found:
-        counts = [f"{number:,}" for number in (one.cases, one.lesions, one.found, one.false_positives)]
+        counts = [f"{one.cases:,}", f"{one.found:,} of {one.lesions:,}", f"{one.false_positives:,}"]
         bounds = one.sensitivity_ci95
         sure = f" ({score(bounds[0])}–{score(bounds[1])})" if bounds else ""
         shares = [score(one.sensitivity) + sure, score(one.precision), score(one.f1)]

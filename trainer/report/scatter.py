@@ -111,7 +111,7 @@ def noise_chart(
     ]
     ticks = [tick for tick in nice_ticks(max(min(every), 0.0), max(every), 4) if tick <= 1.0 + 1e-9]
     levels = sorted({level for found, *_ in curves.values() for level in found})
-    frame = Frame(x=(levels[0], levels[-1]), y=(ticks[0], max(ticks[-1], max(every))), margins=(48, 14, 18, 40))
+    frame = Frame(x=(levels[0], levels[-1]), y=(ticks[0], max(ticks[-1], max(every))), margins=(58, 14, 18, 40))
     parts = []
     for name, (found, means, bands) in curves.items():
         kept = [(level, *band) for level, band in zip(found, bands, strict=True) if band]
