@@ -706,6 +706,38 @@ class TestPage:
         write_export(empty, "other", True)
         assert said in Outline(page_of(empty)).text
 
+    def test_every_export_is_listed_with_what_it_is(self, full: Run) -> None:
+        known = {"date": "2026-11-22T15:49:31+00:00", "dtype": "fp16", "file": "graphs", "sha256": {"a": "1", "b": "2"}}
+        write_export(full, "onnx", None, **known, bytes=3 * 2**20, notes="no onnxruntime")
+        part = page_of(full).partition("<h2>Export gate</h2>")[2].partition("</section>")[0]
+        assert re.findall(r"<tr><td><code>(\w+)</code>", part) == ["litemedsam", "onnx"]
+        assert "<small>fp16, 3.0 MiB, 2026-11-22</small><br><small>a folder, 2 hashes in its record</small>" in part
+        assert "✓ verified" in part and "? NOT verified" in part
+
+    def test_the_cost_is_what_was_measured(self, full: Run) -> None:
+        assert "<h2>Cost</h2>" not in page_of(full), "there is nothing but times"
+        record = json.loads(full.record.read_text())
+        full.record.write_text(json.dumps({**record, "hardware": "4 × Some GPU", "world_size": 4}))
+        write_log(full, 3, [{"step": 20 + s, "train/gpu_memory_gib": 3.25 + s % 2, "train/loss": 1} for s in range(4)])
+        full.checkpoints.mkdir()
+        for name, size in (("step-000006.ckpt", 2**21), ("step-000012.ckpt", 2**22)):
+            (full.checkpoints / name).write_bytes(b"x" * size)
+        (full.checkpoints / "last.ckpt").symlink_to("step-000012.ckpt")
+        text = Outline(page_of(full).partition("<h2>Cost</h2>")[2].partition("</section>")[0]).text
+        for said in (
+            f"GPU-hours {4 * 100.5 / 3600:.2g} Time to fit 1 min 40 s",
+            "Peak memory of a GPU 4.25 GiB",
+            "Parameters that learn 500,000 of 2.00 M (25.00\u00a0%)",
+            "Newest checkpoint 4.0 MiB All checkpoints kept 6.0 MiB",
+            "time to fit × 4 GPUs",
+            "evaluate-untouched",
+        ):
+            assert " ".join(said.split()) in text, said
+        assert "Not measured" not in text
+        full.stages.unlink()
+        text = Outline(page_of(full).partition("<h2>Cost</h2>")[2].partition("</section>")[0]).text
+        assert "GPU-hours" in text.partition("Not measured")[2] and "Time to fit" not in text
+
     def test_other_evaluations_are_listed(self, full: Run) -> None:
         write_evaluation(full, "external", BEFORE)
         text = Outline(page_of(full)).text

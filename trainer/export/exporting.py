@@ -182,7 +182,8 @@ def _record(exporter: Exporter, place: Place, verdict: Verdict | None, trained_a
         weights = sorted(files.keys() - {*COMPANIONS.values()})  # those have hashes of their own
         hashes = {"sha256": {name: sha256_of(files[name]) for name in weights}}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    where = {"format": exporter.name, "file": place.out.name, **hashes, "dtype": exporter.dtype}
+    size = sum(path.stat().st_size for path in (made, *made.rglob("*")) if path.is_file())
+    where = {"format": exporter.name, "file": place.out.name, "bytes": size, **hashes, "dtype": exporter.dtype}
     return {"record_version": RECORD_VERSION, "date": date, **where, **built, **found, "notes": notes}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ class RunData:
         trained: Keys of the samples that were trained on; None if that was not recorded.
         steps: Optimiser steps that were trained; None if not a single one was recorded.
         skipped: Keys of the samples that could not be read in training, and were left out.
+        checkpoint_bytes: Size of the newest checkpoint; None without one.
+        checkpoints: Bytes of all checkpoints that are kept; None without any.
     """
 
     name: str
@@ -104,6 +107,8 @@ class RunData:
     trained: frozenset[str] | None = None
     steps: int | None = None
     skipped: frozenset[str] = frozenset()
+    checkpoint_bytes: int | None = None
+    checkpoints: int | None = None
 
     def pairs(self) -> list[tuple[CaseScore, CaseScore]]:
         """Targets with a score before and after, in the order of the second evaluation."""
@@ -142,6 +147,21 @@ class RunData:
         """Median of what was logged, without the first, which includes the warm-up."""
         rates = list(self.curves.get("train/images_per_second", {}).values())[1:]
         return float(np.median(rates)) if rates else None
+
+    def peak_memory_gib(self) -> float | None:
+        """Most memory of the training: of tensors on a GPU, or else of the whole process; see `on_gpu`."""
+        found = self.curves.get("train/gpu_memory_gib") or self.curves.get("train/cpu_memory_gib") or {}
+        return max(found.values(), default=None)
+
+    def on_gpu(self) -> bool:
+        """Whether it was trained on GPUs, as far as was recorded."""
+        hardware = str(self.record.get("hardware") or "")
+        return "train/gpu_memory_gib" in self.curves or bool(re.match(r"\d+ × ", hardware))
+
+    def device_hours(self) -> float | None:
+        """Devices × hours of the training with its validations, over all attempts; None where one is not known."""
+        devices, seconds = self.record.get("world_size"), self.stages.get("fit")
+        return devices * seconds / 3600 if isinstance(devices, int) and seconds is not None else None
 
     def outdated(self) -> bool:
         """Whether the run was trained on after its evaluation; the best checkpoint may well be an early one."""
@@ -217,7 +237,18 @@ def read_run(run: Run) -> RunData:
         trained=traced[0] if traced else None,
         steps=(traced[1] if traced else 0) or logged or None,
         skipped=read_skipped(run.root),
+        checkpoint_bytes=bytes_of(run.newest_checkpoint()),
+        checkpoints=bytes_of(run.checkpoints) or None,
     )
+
+
+def bytes_of(path: Path | None) -> int | None:
+    """Bytes of a file, or of all files in a folder; None where it is not there. What a link leads to counts once."""
+    if path is None or not path.exists():
+        return None
+    path = path.resolve()
+    found = {one.resolve() for one in path.rglob("*") if one.is_file()} if path.is_dir() else {path}
+    return sum(one.stat().st_size for one in found)
 
 
 def _evaluation(folder: Path) -> Evaluation | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from data_shards.errors import counted
+from trainer.report.cost import size
 from trainer.report.markup import Markup, code, measure, score, section, table, text
 
 _WORDS = {True: ("good", "✓ verified"), False: ("bad", "✗ failed"), None: ("open", "? NOT verified")}
@@ -52,7 +54,7 @@ def gate_section(exports: Sequence[dict[str, Any]]) -> str:
             code(export["format"]),
             gate_word(export),
             _consumer(export),
-            Markup(f"{code(export.get('file'))}<br><small>{text(_short(export.get('sha256')))}</small>"),
+            _file(export),
             measure(export.get("max_logit_difference")),
             measure(export.get("tolerance")),
             score(export.get("dsc_run")),
@@ -85,5 +87,19 @@ def _consumer(export: dict[str, Any]) -> str:
     return " ".join(str(export[name]) for name in ("consumer", "consumer_version") if export.get(name)) or "no tool"
 
 
-def _short(digest: Any) -> str | None:
-    return f"sha256 {str(digest)[:16]}…" if digest else None
+def _file(export: dict[str, Any]) -> Markup:
+    """Name of the file; precision, size and date as far as they were recorded; its hash."""
+    about = (
+        export.get("dtype"),
+        None if export.get("bytes") is None else size(export["bytes"]),
+        str(export.get("date") or "").partition("T")[0],
+    )
+    lines = (", ".join(str(one) for one in about if one), _hashes(export.get("sha256")))
+    return Markup(code(export.get("file")) + "".join(f"<br><small>{text(line)}</small>" for line in lines if line))
+
+
+def _hashes(found: Any) -> str | None:
+    """The start of a file's hash; of a folder, which has one for each of its files, their number."""
+    if isinstance(found, dict):
+        return f"a folder, {counted(len(found), 'hash', 'hashes')} in its record"
+    return f"sha256 {str(found)[:16]}…" if found else None

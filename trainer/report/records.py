@@ -107,7 +107,7 @@ def read_export(path: Path) -> dict[str, Any]:
         UserError: The file is damaged.
     """
     export = {"format": path.parent.name, "verified": None, **_object(path)}
-    _numbers(path, export, ("max_logit_difference", "tolerance", "dsc_run", "dsc_consumer"))
+    _numbers(path, export, ("max_logit_difference", "tolerance", "dsc_run", "dsc_consumer", "bytes"))
     if not isinstance(export.get("notes") or [], str | list):
         raise UserError(f"{path}: notes should be a list, not {_kind(export['notes'])}")
     return export

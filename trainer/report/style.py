@@ -83,7 +83,7 @@ figcaption small { overflow-wrap: anywhere; }
 .prompt.point { stroke-width: 2; stroke-dasharray: none; }
 
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 2rem; }
-.charts + .note { margin-top: .9rem; }
+.charts + .note, .facts + .note { margin-top: .9rem; }
 .charts .words { align-self: center; }
 .chart { display: block; width: 100%; max-width: 560px; height: auto; overflow: visible; }
 .chart text { font-size: 12px; fill: var(--muted); }
