@@ -108,7 +108,7 @@ def lesion_tables(section: Section) -> list[Told]:
         bounds = one.sensitivity_ci95
         sure = f" ({score(bounds[0])}–{score(bounds[1])})" if bounds else ""
         shares = [score(one.sensitivity) + sure, score(one.precision), score(one.f1)]
-        more = [f"{one.false_per_case:.2f}", UNKNOWN if one.lesion_wise_dice is None else score(one.lesion_wise_dice)]
+        more = [f"{one.false_per_case:,.2f}", UNKNOWN if one.lesion_wise_dice is None else score(one.lesion_wise_dice)]
         lines.append([one.term, label(one.line), *counts, *shares, *more])
     note = (
         "A lesion is a connected piece of the truth (corners connect); it is found if a predicted piece of its own has "
