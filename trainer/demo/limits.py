@@ -36,7 +36,7 @@ class Limits:
     def check_bytes(self, count: int, what: str) -> None:
         """Raise a `UserError` if something has more bytes than may be."""
         if count > self.bytes:
-            raise UserError(f"{what}: {size(count)} are more than the {size(self.bytes)} of --max-upload: cut it")
+            raise UserError(f"{what}: more than the {size(self.bytes)} that --max-upload allows: cut it")
 
     def check_files(self, count: int, what: str) -> None:
         """Raise a `UserError` if there are more files than may be."""
@@ -47,8 +47,8 @@ class Limits:
         """Raise a `UserError` if there are more voxels than may be."""
         if count > self.voxels:
             raise UserError(
-                f"{what}: {count / 1e6:,.0f} million voxels are more than the {self.voxels / 1e6:,.0f} million of "
-                "--max-voxels: cut it or make it smaller"
+                f"{what}: {count:,} voxels are more than the {self.voxels:,} that --max-voxels allows: cut it or make "
+                "it smaller"
             )
 
 
