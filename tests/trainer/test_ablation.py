@@ -158,6 +158,15 @@ def test_hours_are_divided_by_devices(write_spec, tmp_path):
     assert expanded(spec, tmp_path / "out")[0].recipe["trainer"]["max_time"] == "00:01:45:00"
 
 
+def test_a_rate_that_falls_over_steps_and_a_budget_of_hours_are_warned_of(write_spec, tmp_path, trainer_command):
+    falling = {"overrides": {"model": {"init_args": {"schedule": "cosine"}}}}
+    spec = write_spec(cells={"full": None, "cosine": falling, "untouched": {"tuned": False}}, budget={"gpu_hours": 1})
+    code, _, err = trainer_command("ablate", spec, "--out", tmp_path / "out", "--dry-run")
+    assert code == 0
+    assert "warning: the learning rate of cosine falls over trainer.max_steps, and 1 GPU-hours may end before" in err
+    assert "warning" not in trainer_command("ablate", spec, "--out", tmp_path / "out", "--dry-run", "--steps", 3)[2]
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
@@ -342,6 +351,14 @@ def test_recipes_of_ablations_expand(spec, tiny_shards, tmp_path, monkeypatch):
     different = {yaml.safe_dump({**cell.recipe, "trainer": None}) for cell in cells}
     tuned = [cell for cell in cells if cell.tuned]
     assert len(different) >= len(tuned), "no two cells are the same"
+    specialists = {cell.name for cell in cells if cell.specialist}
+    assert specialists == ({"unet"} if spec.stem == "peft_vs_full" else set())
+    if specialists:
+        unet, full = (next(cell for cell in cells if cell.name == name) for name in ("unet", "full"))
+        assert unet.recipe["model"]["init_args"]["model"]["class_path"] == "trainer.models.BoxUNet"
+        assert unet.learning == unet.parameters == 1_979_297 and not unet.unmatched
+        assert unet.recipe["data"] == full.recipe["data"], "the same images in the same order"
+        assert unet.recipe["model"]["init_args"]["prompts"] == full.recipe["model"]["init_args"]["prompts"]
 
 
 def test_smaller_sets_lie_in_larger_ones(tiny_shards):

@@ -43,6 +43,7 @@ class Cell:
         learning: Those of them that learn.
         unmatched: What of its data differs from the reference's, in words.
         specialist: Whether its model is no foundation model, but learns from scratch.
+        needs_end: Whether its learning rate falls towards the recipe's last step.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Cell:
     learning: int
     unmatched: tuple[str, ...] = ()
     specialist: bool = False
+    needs_end: bool = False
 
     @property
     def key(self) -> str:
@@ -146,6 +148,7 @@ def _resolve(loaded: Loaded, name: str, spec: CellSpec, out: Path, overlays: Seq
     return Cell(
         *(name, 0, spec.tuned, recipe, out, out, "", loaded.spec.budget.steps, plan["parameters"], learning),
         specialist=cli.module.model.specialist,
+        needs_end=spec.tuned and cli.module.schedule.needs_end,
     )
 
 
@@ -257,6 +260,17 @@ def _time(hours: float) -> str:
     seconds = max(1, round(hours * 3600))
     days, rest = divmod(seconds, 86400)
     return f"{days:02d}:{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+
+
+def schedule_warning(cells: Sequence[Cell], budget: Budget) -> str:
+    """That time may end a training before its learning rate has fallen, or long after; nothing with steps."""
+    names = list(dict.fromkeys(cell.name for cell in cells if cell.needs_end))
+    if budget.gpu_hours is None or not names:
+        return ""
+    return (
+        f"the learning rate of {', '.join(names)} falls over trainer.max_steps, and {budget.describe()} may end before "
+        "or after that: set schedule constant, or a max_steps that about fills the time, in overrides of the base"
+    )
 
 
 def _check_folders(data: dict[str, Any], where: str, tuned: bool) -> None:

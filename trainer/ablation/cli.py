@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -49,11 +50,13 @@ def ablate_command(arguments: list[str]) -> int:
     loaded = _changed(load_ablation(values.spec), values)
     out = Path(values.out or loaded.spec.out or f"runs/ablations/{loaded.name}")
 
-    from trainer.ablation.cells import choose, expand, write_recipes
+    from trainer.ablation.cells import choose, expand, schedule_warning, write_recipes
 
     overlays = [*(values.config or []), *([values.cluster] if values.cluster else [])]
     cells = expand(loaded, out, overlays)
     chosen = choose(cells, values.only or [])
+    if warning := schedule_warning(chosen, loaded.spec.budget):
+        print(f"warning: {warning}", file=sys.stderr)
     if values.dry_run:
         _show_cells(chosen, loaded, out)
         if values.cluster:
