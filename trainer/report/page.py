@@ -8,6 +8,7 @@ from typing import Any
 from data_shards.errors import counted
 from trainer.report.answer import answer, limits, scored_unlike
 from trainer.report.charts import MOST_LINES, jitter_chart, line_chart, paired_plot
+from trainer.report.contents import with_contents
 from trainer.report.cost import cost_section, millions
 from trainer.report.data import Evaluation, RunData
 from trainer.report.gate import gate_figure, gate_section
@@ -68,7 +69,9 @@ def document(title: str, body: str) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        '<a class="skip" href="#content">Skip to the content</a>\n'
+        f'<main id="content" tabindex="-1">\n{with_contents(body)}\n</main>\n</body>\n</html>\n'
     )
 
 

@@ -48,6 +48,15 @@ code, pre { font: .86em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sa
 code { overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: var(--soft); padding: 1rem; border-radius: 6px; }
 summary { cursor: pointer; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 3px; border-radius: 2px; }
+main:focus { outline: none; }
+.skip { position: absolute; left: -999rem; }
+.skip:focus { left: 1rem; top: 1rem; padding: .5rem .9rem; background: var(--paper); z-index: 1; }
+nav { margin-top: 1.4rem; font-size: .9rem; }
+nav ul { display: flex; flex-wrap: wrap; gap: .35rem 1.1rem; list-style: none; margin: 0; padding: 0; }
+nav a { display: inline-block; padding: .15rem 0; }
+section { scroll-margin-top: 1rem; }
+@media (prefers-reduced-motion: no-preference) { html { scroll-behavior: smooth; } }
 
 .figures { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1px;
   margin: 0; background: var(--line); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
@@ -115,6 +124,8 @@ figcaption small { overflow-wrap: anywhere; }
 .dist .point { fill: var(--own); stroke: var(--paper); stroke-width: .8; }
 .dist circle { fill: var(--own); fill-opacity: .55; }
 .dist:hover rect { fill-opacity: .35; }
+.line > path:first-of-type { stroke-width: 2; stroke-linejoin: round; }
+.line:hover > path:first-of-type { stroke-width: 3.5; }
 .chart .group { font-weight: 600; } .chart .count { font-weight: 400; fill: var(--muted); }
 
 /* a shade at an edge where there is more to scroll to */
@@ -153,7 +164,9 @@ td code, td small, td b { white-space: nowrap; }
   :root { color-scheme: light; --paper: #fff; --soft: #f5f6f8; --ink: #000; --muted: #444; --line: #ccc;
     --accent: #0a5ea8; --accent-soft: #0a5ea81f; --before: #666; --warn: #9a5b00; --warn-soft: #fff; --good: #1a7440;
     --bad: #b3261e; --s0: #555; --s1: #0a5ea8; --s2: #b04a00; --s3: #1a7440; --s4: #8a2f9c; --s5: #6f5c00; }
-  body { font-size: 11pt; } main { max-width: none; padding: 0; } .legend input { display: none; }
+  body { font-size: 11pt; } main { max-width: none; padding: 0; } .legend input, nav, .skip { display: none; }
+  details::details-content { content-visibility: visible; display: block; } pre { white-space: pre-wrap; }
+  a { color: inherit; }
   section { margin-top: 2rem; } figure, tr, .figures, .chart { break-inside: avoid; } h2 { break-after: avoid; }
   .panels, .charts { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; background: none; }
   table { font-size: .8rem; } tfoot { display: table-row-group; } .figures { grid-template-columns: repeat(3, 1fr); }
