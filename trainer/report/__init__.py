@@ -12,6 +12,7 @@ from trainer.run import Run, write_json
 
 if TYPE_CHECKING:
     from trainer.report.data import RunData
+    from trainer.report.runs import Runs
 
 
 def write_report(run: Run, data: RunData | None = None) -> Path:
@@ -35,6 +36,19 @@ def write_report(run: Run, data: RunData | None = None) -> Path:
     temporary.write_text(render(data or read_run(run)), encoding="utf-8")
     temporary.replace(path)
     return path
+
+
+def write_comparison(runs: Runs, path: Path) -> None:
+    """Write the page that compares several runs, whole or not at all.
+
+    Args:
+        runs: From `trainer.report.runs.gather`.
+        path: The page: one file that needs nothing else; its links to the runs' own pages need those.
+    """
+    from trainer.report.runs_page import render_runs
+    from trainer.run import write_whole
+
+    write_whole(path, render_runs(runs, path.parent))
 
 
 def write_summary(run: Run, data: RunData | None = None) -> dict[str, Any]:

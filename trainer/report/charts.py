@@ -129,7 +129,7 @@ def line_chart(
     last = max([float(steps[-1]), *map(float, marked)])
     frame = Frame(x=(float(steps[0]), last), y=(ticks[0], ticks[-1]))
     across = [tick for tick in nice_ticks(*frame.x) if frame.x[0] <= tick <= frame.x[1]]
-    drawn_steps, drawn, drawn_averaged = (_thin(column) for column in (steps, values, averaged))
+    drawn_steps, drawn, drawn_averaged = (thin(column) for column in (steps, values, averaged))
     dots = "".join(
         f'<circle class="mark" cx="{frame.across(step):.1f}" cy="{frame.up(value):.1f}" r="3.5">'
         f"<title>validation, step {step}: {value:.3f}</title></circle>"
@@ -232,7 +232,7 @@ def _box(frame: Frame, x: float, values: np.ndarray, kind: str) -> str:
     )
 
 
-def _thin(values: np.ndarray) -> list[float]:
-    """At most `MOST_POINTS` values, each the mean of a bin."""
-    bins = np.array_split(values, min(len(values), MOST_POINTS))
+def thin(values: np.ndarray, most: int = MOST_POINTS) -> list[float]:
+    """At most so many values, each the mean of a bin of values (N,)."""
+    bins = np.array_split(values, min(len(values), most))
     return [float(part.mean()) for part in bins]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,16 +174,7 @@ class RunData:
         """How the evaluations that are compared were scored differently; what either did not record is left out."""
         if self.before is None or self.after is None or not self.pairs():
             return []
-        first, second = self.before.record, self.after.record
-        found: list[str] = []
-        for split, of in (first.get("data") or {}).items():
-            hashes = [(side or {}).get("index_sha256") for side in (of, (second.get("data") or {}).get(split))]
-            if None not in hashes and hashes[0] != hashes[1]:
-                found.append(f"{split} data (index {str(hashes[0])[:8]}…, then {str(hashes[1])[:8]}…)")
-        for name in ("preprocessing", "prompts", "precision"):
-            if first.get(name) is not None and second.get(name) is not None:
-                found += _differences(name, first[name], second[name])
-        return found
+        return scored_differently(self.before.record, self.after.record)
 
     def splits(self) -> dict[str, dict[str, Any]]:
         """Every split that was trained on or scored: folder, hash of the index, samples."""
@@ -267,6 +259,19 @@ def _evaluation(folder: Path) -> Evaluation | None:
         synonyms=read_synonyms(folder / "synonyms.json"),
         boxes_given=read_boxes_given(folder / "boxes_given.json"),
     )
+
+
+def scored_differently(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """How two evaluations were made differently, from their records; what either does not say is left out."""
+    found: list[str] = []
+    for split, of in (first.get("data") or {}).items():
+        hashes = [(side or {}).get("index_sha256") for side in (of, (second.get("data") or {}).get(split))]
+        if None not in hashes and hashes[0] != hashes[1]:
+            found.append(f"{split} data (index {str(hashes[0])[:8]}…, then {str(hashes[1])[:8]}…)")
+    for name in ("preprocessing", "prompts", "precision"):
+        if first.get(name) is not None and second.get(name) is not None:
+            found += _differences(name, first[name], second[name])
+    return found
 
 
 def _differences(name: str, first: Any, second: Any) -> list[str]:
