@@ -13,6 +13,7 @@ from trainer.ablation.page import render, write_page
 from trainer.ablation.plots import Point, forest_plot, front, pareto_plot
 from trainer.ablation.results import Results, collect
 from trainer.ablation.spec import Loaded, load_ablation
+from trainer.ablation.words import scale, verdict
 from trainer.run import write_json
 
 WHY = "non-finite <loss> & no way out"
@@ -106,3 +107,27 @@ def test_differences_far_out_are_arrows() -> None:
 
 def places(drawn: str, tag: str, name: str) -> Sequence[float]:
     return [float(part.split(f'{name}="')[1].split('"')[0]) for part in drawn.split(f"<{tag} ")[1:]]
+
+
+@pytest.mark.parametrize(
+    ("shift", "said"),
+    [
+        (-0.2, "; every other method scores lower beyond chance; method-c comes closest: −0.1"),
+        (0.2, "; every other method scores higher beyond chance, and most of all method-c: +0.2"),
+        (0.0, "; no difference beyond chance was found for any other method; the least certain is method-"),
+    ],
+)
+def test_of_many_methods_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float, said: str) -> None:
+    names = ["full", "method-a", "method-b", "method-c"]
+    levels = {name: 0.6 + shift * (name != "full") + number / 100 * (shift != 0) for number, name in enumerate(names)}
+    monkeypatch.setattr("finished_cells.LEVELS", levels)
+    spec = tmp_path / "many.yaml"
+    listed = "".join(f"  {name}:\n" for name in names)
+    spec.write_text(f"# Which?\nbase: b\nbudget: {{steps: 30}}\ncells:\n{listed}")
+    cells = [cell(tmp_path, name, 0) for name in names]
+    assert "No answer yet" in verdict(load_ablation(spec), collect(cells, "full"))
+    for one in cells:
+        leave(one)
+    sentence = verdict(load_ablation(spec), collect(cells, "full"))
+    assert said in sentence and "95\u00a0% CI" in sentence
+    assert scale(collect(cells, "full")) == ""
