@@ -115,6 +115,17 @@ def test_sizes_agree_as_numpy_says_from_the_table_alone(out, cells) -> None:
     assert page.count("predicted over true size") == 2
 
 
+def test_the_answer_is_said_first(out, cells) -> None:
+    dsc = {model: np.array([float(one["dsc"]) for one in of(cells, model)]) for model in ("Bright", "Dark", "SAM3")}
+    page = (out / "report.html").read_text()
+    said = page.partition('<p class="answer">')[2].partition("</p>")[0]
+    assert f"12 objects: mean DSC is {dsc['Bright'].mean():.3f} (median {np.median(dsc['Bright']):.3f}) with " in said
+    gain = (dsc["Dark"] - dsc["Bright"]).mean()
+    assert gain < -0.1 and f"; against it Dark −{-gain:.3f} (95 % CI −" in said
+    assert "SAM3, by text ±0.000" in said, "it finds the same as Bright"
+    assert said in (out / "summary.md").read_text()
+
+
 def test_lesions_are_counted_from_the_table_alone(out, cells) -> None:
     for model, counts in (("Bright", (3, 2, 1)), ("SAM3", (3, 2, 1)), ("Dark", (3, 0, 0))):
         seen = {

@@ -11,7 +11,7 @@ from trainer.evaluation.protocol import COPY
 from trainer.evaluation.sizes import Sizes, size_tables, sizes_of
 from trainer.evaluation.subgroups import subgroup_tables
 from trainer.evaluation.tables import Section, label
-from trainer.evaluation.text import difference_table, heading, interval_table, left_out_note, note, score_table
+from trainer.evaluation.text import answer, difference_table, heading, interval_table, left_out_note, note, score_table
 from trainer.evaluation.thirds import UNITS
 from trainer.evaluation.told import Told
 from trainer.report.boxes import box_plot
@@ -57,6 +57,7 @@ def render(
             '<header>\n<p class="kicker">sam-trainer evaluation</p>',
             f"<h1>{text(name)}</h1>",
             paragraph(question, "question"),
+            *(paragraph(answer(one), "answer") for one in sections if one.rows),
             aside,
             paragraph(left_out_note(left_out), "note"),
             "</header>",

@@ -7,6 +7,7 @@ from pathlib import Path
 from trainer.evaluation import page, tables, text
 from trainer.evaluation.absent import absent_summary
 from trainer.evaluation.curves import noise_summary
+from trainer.evaluation.given import COMMAND
 from trainer.evaluation.jobs import Job
 from trainer.evaluation.lesions import lesion_summary
 from trainer.evaluation.protocol import COPY
@@ -37,7 +38,8 @@ def write_results(evaluation: Evaluation) -> list[Section]:
         found |= {"sizes": size_summary(section), "lesions": lesion_summary(section), "noise": noise_summary(section)}
         found["absent"] = absent_summary(section)
     write_json(out / "summary.json", head | finite(content))
-    name, by = loaded.path.stem, loaded.protocol.by
+    name = ", ".join(loaded.models) if loaded.path == COMMAND else loaded.path.stem
+    by = loaded.protocol.by
     _write(out / "summary.md", text.markdown(name, loaded.question, sections, left_out, by))
     _write(out / "protocol.yaml", loaded.text)
     pictures = _figures(evaluation)

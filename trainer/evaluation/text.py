@@ -121,6 +121,24 @@ def difference_table(section: Section) -> tuple[Cells, list[Cells]]:
     return ["Difference (95 % CI)", "against", *(METRICS[metric] for metric in shown)], rows
 
 
+def answer(section: Section) -> str:
+    """What came out, in a sentence: mean DSC of the first model, and how the others differ on the same objects."""
+    first, *others = [line for line in section.rows if line[0] != COPY]
+    rows = section.rows[first]
+    found = figures(rows, "dsc")
+    if found is None:
+        return ""
+    where = f"{heading(section)}, {counted(len(rows), 'object')}"
+    said = f"{where}: mean DSC is {score(found.mean)} (median {score(found.median)}) with {label(first)}"
+    gains = {one.line: one.found for one in differences(section) if one.metric == "dsc" and one.against == first}
+    parts = []
+    for line in others:
+        if line in gains:
+            bounds = f" (95 % CI {interval(gains[line].gain_ci95)})" if gains[line].gain_ci95 else ""
+            parts.append(f"{label(line)} {signed(gains[line].gain)}{bounds}")
+    return f"{said}; against it {', '.join(parts)}." if parts else f"{said}."
+
+
 def left_out_note(left_out: Sequence[tuple[str, str, str]]) -> str:
     """Which objects could not be followed."""
     if not left_out:
@@ -181,7 +199,7 @@ def markdown(
     """The tables as Markdown."""
     parts = [f"# {name}", question]
     for section in sections:
-        parts += [f"## {heading(section)}", note(section)]
+        parts += [f"## {heading(section)}", answer(section) if section.rows else "", note(section)]
         tables = [score_table(section, metric) for metric in section.metrics]
         for columns, lines in (*tables, interval_table(section), difference_table(section)):
             if lines:
