@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from data_shards.errors import UserError
 from trainer.callbacks import (
+    CalibrationRecord,
     EvaluationRecord,
     GracefulStop,
     Heartbeat,
@@ -50,7 +51,7 @@ from trainer.run import Run
 
 EVERY_RUN = (
     *(RandomState, Throughput, Memory, RankTimes, SampleTrace, StepGuard, GracefulStop, Heartbeat),
-    *(ValidationRecord, ValidationPanels, EvaluationRecord, PredictionRecord),
+    *(ValidationRecord, ValidationPanels, EvaluationRecord, CalibrationRecord, PredictionRecord),
 )
 """Callbacks of every run; a recipe that names one itself sets it up its own way."""
 

@@ -1,5 +1,6 @@
 """What happens beside the training: checkpoints, records, progress."""
 
+from trainer.callbacks.calibration import CalibrationRecord
 from trainer.callbacks.checkpoint import RunCheckpoint
 from trainer.callbacks.compiling import CompileBlocks
 from trainer.callbacks.concept_probes import BoxGivenProbe, SynonymProbe
@@ -25,6 +26,7 @@ __all__ = [
     "EMA",
     "BoxGivenProbe",
     "BoxJitterProbe",
+    "CalibrationRecord",
     "CompileBlocks",
     "EvaluationRecord",
     "GracefulStop",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,6 +110,7 @@ class MedSAMModule(TunedModule):
         self.prompts = prompts or BoxPrompts()
         self.loss = loss or DiceCrossEntropy()
         self.score_weight = score_weight
+        self.predicts_iou = model.score_head is not None
         if score_weight and model.score_head is None:
             raise UserError(
                 f"score_weight {score_weight:g}: {type(model).__name__} predicts no IoU that could learn: 0"
@@ -193,10 +195,13 @@ class MedSAMModule(TunedModule):
         answers = self(batch)
         first, last = answers[0], answers[-1]
         masks: list[Tensor] = []
+        believed: dict[int, np.ndarray] = {}
         for image, tensor in enumerate(batch.images):
             mine = [q for q, owner in enumerate(index) if owner == image]
             if mine:
-                masks.extend(preprocessing.to_native(last.logits[mine], *tensor.shape[-2:]) > 0)
+                native = preprocessing.to_native(last.logits[mine], *tensor.shape[-2:])
+                believed |= self.reliability_of(batch, dict(zip(mine, native, strict=True)))
+                masks.extend(native > 0)
         boxes, points, labels = prompts_of_targets(first.asked, len(batch.masks))
         return Prediction(
             masks=masks,
@@ -204,6 +209,7 @@ class MedSAMModule(TunedModule):
             boxes=preprocessing.boxes_to_native(boxes, batch.sizes),
             points=preprocessing.points_to_native(points, batch.sizes),
             labels=labels,
+            reliability=believed,
         )
 
     def _truth(self, batch: TripletBatch) -> Truth:

@@ -105,7 +105,7 @@ class SAM2Module(AnsweringModule):
         if corrected_frames < 1:
             raise UserError(f"corrected_frames {corrected_frames}: 1 or more; prompts without corrections correct none")
         self.memory, self.prompts, self.loss = memory, prompts or BoxPrompts(), loss or BestMaskLoss()
-        self.asks_in_vain = memory
+        self.asks_in_vain, self.predicts_iou = memory, not memory  # through a memory, a score is that of presence
         self.loss_at, self.corrected_frames, self.augmentation = loss_at, corrected_frames, augmentation
         if not memory and gives_masks(self.prompts):
             raise UserError(
@@ -263,21 +263,21 @@ class SAM2Module(AnsweringModule):
         if not batch.masks:
             return Prediction.none()
         masks: list[Tensor] = [torch.zeros(0)] * len(batch.masks)
-        scores = torch.zeros(len(masks))
-        absent: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        asked: list[Prompts] = []
+        scores, believed = torch.zeros(len(masks)), dict[int, Any]()
+        absent, asked = dict[tuple[int, int], tuple[Tensor, Tensor]](), list[Prompts]()
         for group, looks, _ in self._follow(batch, None, asked):
             for frame, look in looks.items():
                 sure = look.presence.float().sigmoid() if self.memory else look.ious.amax(1).float()
                 shown = group.rows[frame].tolist(), group.image[frame].tolist()
                 for q, (row, image) in enumerate(zip(*shown, strict=True)):
                     size = batch.images[image].shape[-2:]
-                    native = self.model.preprocessing.to_native(look.best[q : q + 1], *size)[0] > 0
+                    native = self.model.preprocessing.to_native(look.best[q : q + 1], *size)[0]
                     if row >= 0:
-                        masks[row], scores[row] = native, sure[q]
+                        believed |= self.reliability_of(batch, {row: native})
+                        masks[row], scores[row] = native > 0, sure[q]
                     else:
                         thing = batch.objects[int(group.rows[:, q].max())]
-                        absent[image // batch.frames * NUMBERS + thing, image] = (sure[q], native.sum())
+                        absent[image // batch.frames * NUMBERS + thing, image] = (sure[q], (native > 0).sum())
         boxes, points, labels = prompts_of_targets(asked, len(masks))
         gone = [absent[place] for place in sorted(absent)]
         return Prediction(
@@ -288,6 +288,7 @@ class SAM2Module(AnsweringModule):
             labels=labels,
             absent=torch.stack([sure for sure, _ in gone]).float().cpu() if gone else torch.zeros(0),
             absent_areas=torch.stack([area for _, area in gone]).cpu() if gone else torch.zeros(0, dtype=torch.int64),
+            reliability=believed,
         )
 
     def _follow(

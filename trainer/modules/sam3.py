@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +75,7 @@ class SAM3Module(AnsweringModule):
     """
 
     model: SAM3
+    predicts_iou, whole_images = False, True
 
     def __init__(
         self,
@@ -216,12 +218,15 @@ class SAM3Module(AnsweringModule):
         masks: list[Tensor] = [torch.zeros(0)] * len(batch.masks)
         scores = torch.zeros(len(batch.masks))
         absent, areas = [], []
+        believed: dict[int, np.ndarray] = {}
         for start in range(0, len(concepts), ASKED_AT_ONCE):
             some = concepts[start : start + ASKED_AT_ONCE]
             logits, confidence = self._answers(features, self._asked(some, None))
             for p, concept in enumerate(some):
                 size = batch.images[concept.image].shape[-2:]
                 native = self.model.preprocessing.to_native(logits[p : p + 1], *size)[0]
+                if concept.rows:
+                    believed |= self.reliability_of(batch, {concept.rows[0]: native})
                 if not self.resolve_overlaps:  # logits are four times as large
                     native = native > 0
                 if concept.rows:
@@ -240,6 +245,7 @@ class SAM3Module(AnsweringModule):
             labels=torch.zeros(len(masks), 0, dtype=torch.int64),
             absent=torch.stack(absent).float().cpu() if absent else torch.zeros(0),
             absent_areas=torch.stack(areas).cpu() if areas else torch.zeros(0, dtype=torch.int64),
+            reliability=believed,
         )
 
     def predict_step(self, batch: TripletBatch, batch_idx: int) -> Prediction:

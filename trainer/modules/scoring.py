@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
 from trainer.metrics import nsd, overlap
+from trainer.modules.reliability import reliability
 from trainer.ranks import every_rank
 from trainer.scores import CaseScore, spreads
 
@@ -36,6 +38,7 @@ class Prediction:
         labels: (Q, P) 1 for a point on the target, 0 beside it, −1 where there was none.
         absent: (A,) confidences of the terms that were asked for and are not there, on the CPU.
         absent_areas: (A,) native pixels of the masks that these were answered with, on the CPU.
+        reliability: What `trainer.modules.reliability` finds for each target, if the module was told to keep it.
     """
 
     masks: list[Tensor]
@@ -45,6 +48,7 @@ class Prediction:
     labels: Tensor
     absent: Tensor = field(default_factory=lambda: torch.zeros(0))
     absent_areas: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    reliability: dict[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def none(cls) -> Prediction:
@@ -54,13 +58,29 @@ class Prediction:
 
 
 class ScoredModule(LightningModule):
-    """Scores predictions against the truth; a family says how it predicts."""
+    """Scores predictions against the truth; a family says how it predicts.
+
+    Attributes:
+        predicts_iou: Whether the scores of its predictions are the IoU that it expects of its masks.
+        keeps_reliability: Whether its predictions say how probabilities of pixels compare with the truth.
+        whole_images: Whether all pixels are compared: nothing in its prompts says where a target may be.
+    """
+
+    predicts_iou: bool = True
+    keeps_reliability: bool = False
+    whole_images: bool = False
 
     def __init__(self) -> None:
         super().__init__()
         self.scores: list[tuple[int, CaseScore]] = []
         """Rows of the evaluation that is running, on this rank, each with its sample's position in the corpus."""
         self._gathered: list[CaseScore] | None = None
+
+    def reliability_of(self, batch: TripletBatch, logits: Mapping[int, Tensor]) -> dict[int, np.ndarray]:
+        """Reliability of native logits (H, W) of some of a batch's targets, for `Prediction`; none if not kept."""
+        if not self.keeps_reliability:
+            return {}
+        return {q: reliability(one, batch.masks[q], self.whole_images) for q, one in logits.items()}
 
     @abstractmethod
     def predict_masks(self, batch: TripletBatch) -> Prediction:

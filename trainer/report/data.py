@@ -13,6 +13,7 @@ import numpy as np
 
 from data_shards.errors import UserError
 from data_shards.splits import EXTERNAL
+from trainer.report.calibration import Calibration, read_calibration
 from trainer.report.curves import Curve, read_curves
 from trainer.report.panels import Panel, load_panels
 from trainer.report.records import (
@@ -50,6 +51,7 @@ class Evaluation:
         presence: How often terms were found, rightly and wrongly, if they were asked for in words.
         synonyms: Scores in other words, if they were probed.
         boxes_given: Scores by text and by box, if they were probed.
+        calibration: Whether its probabilities come true, if that was recorded.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Evaluation:
     presence: Presence | None = None
     synonyms: Synonyms | None = None
     boxes_given: BoxesGiven | None = None
+    calibration: Calibration | None = None
 
     @property
     def external(self) -> bool:
@@ -258,6 +261,7 @@ def _evaluation(folder: Path) -> Evaluation | None:
         presence=read_presence(folder / "presence.json"),
         synonyms=read_synonyms(folder / "synonyms.json"),
         boxes_given=read_boxes_given(folder / "boxes_given.json"),
+        calibration=read_calibration(folder / "calibration.json"),
     )
 
 

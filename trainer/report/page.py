@@ -7,6 +7,7 @@ from typing import Any
 
 from data_shards.errors import counted
 from trainer.report.answer import answer, limits, scored_unlike
+from trainer.report.calibration import calibration_section
 from trainer.report.charts import MOST_LINES, jitter_chart, line_chart, paired_plot
 from trainer.report.contents import with_contents
 from trainer.report.cost import cost_section, millions
@@ -42,6 +43,7 @@ def render(data: RunData) -> str:
             _panels(data),
             _training(data),
             _targets(data),
+            calibration_section(data),
             _jitter(data),
             *word_sections(data),
             *group_sections(data),

@@ -1,0 +1,201 @@
+"""Calibration: whether what a model promises comes true, read from ``calibration.json`` and drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_shards.errors import UserError, counted
+from trainer.report.charts import Frame
+from trainer.report.markup import paragraph, score, section
+from trainer.run import read_json
+
+if TYPE_CHECKING:
+    from trainer.report.data import RunData
+
+_TICKS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+_SURE = 0.9
+"""The promise that is put into words."""
+_RARE = 1e-4
+"""Share of the pixels below which a bin is not put into words."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """What was promised and what came true, in bins of what was promised.
+
+    Attributes:
+        share: Of all values, in each bin that has any.
+        promised: Mean of what was promised in each of them.
+        found: Mean of what came true in each of them.
+    """
+
+    share: tuple[float, ...]
+    promised: tuple[float, ...]
+    found: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What ``calibration.json`` says.
+
+    Attributes:
+        targets: How many were looked at.
+        whole: Whether all pixels of the images count, not those about the target alone.
+        ece: Expected calibration error.
+        brier: Brier score.
+        pixels: Probabilities of pixels.
+        ious: IoU as estimated by the model, if it does.
+        iou_error: Mean absolute error of that.
+    """
+
+    targets: int
+    whole: bool
+    ece: float
+    brier: float
+    pixels: Reliability
+    ious: Reliability | None = None
+    iou_error: float | None = None
+
+
+def read_calibration(path: Path) -> Calibration | None:
+    """Read ``calibration.json``; None if there is none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    try:
+        ious = content.get("iou")
+        found = Calibration(
+            targets=int(content["targets"]),
+            whole=content["region"] == "image",
+            ece=float(content["ece"]),
+            brier=float(content["brier"]),
+            pixels=_bins(content, "probability", "inside"),
+            ious=_bins(ious, "estimated", "measured") if ious else None,
+            iou_error=float(ious["error"]) if ious else None,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); run the evaluation again") from error
+    return found
+
+
+def _bins(content: Mapping[str, Any], promised: str, found: str) -> Reliability:
+    """The bins that have anything."""
+    columns = zip(content["share"], content[promised], content[found], strict=True)
+    filled = [(float(share), float(a), float(b)) for share, a, b in columns if a is not None]
+    if not filled or not all(0 <= value <= 1 for row in filled for value in row):
+        raise ValueError(f"{promised} and {found} are shares between 0 and 1")
+    shares, firsts, seconds = zip(*filled, strict=True)
+    return Reliability(shares, firsts, seconds)
+
+
+def calibration_section(data: RunData) -> str:
+    """Reliability diagrams before and after tuning; nothing where none was recorded."""
+    sides = {"before": data.before, "after": data.after}
+    known = {name: one.calibration for name, one in sides.items() if one and one.calibration}
+    if not known:
+        return ""
+    pixels = {name: one.pixels for name, one in known.items()}
+    ious = {name: one.ious for name, one in known.items() if one.ious}
+    charts = [f"<figure><h3>Pixels</h3>{reliability_chart(pixels, *_PIXELS)}</figure>"]
+    if ious:
+        charts.append(f"<figure><h3>The model's own estimate of its IoU</h3>{reliability_chart(ious, *_IOUS)}</figure>")
+    said = "".join(paragraph(in_words(name, one)) for name, one in known.items())
+    lines = {"before": "grey, dashed: before tuning", "after": "blue: after tuning"}
+    legend = "; ".join(lines[name] for name in known)
+    last = list(known.values())[-1]
+    where = (
+        "All pixels of the images count, because nothing tells a model that is asked in words where to look."
+        if last.whole
+        else "The pixels in each target's box count, a little enlarged: the far background is right for any model."
+    )
+    note = (
+        f"{legend[0].upper()}{legend[1:]}. On the dotted line a promise comes true as often as it says; below it "
+        f"fewer pixels are inside than the model promises, above it more. Larger circles stand for more. {where} Of "
+        f"{counted(last.targets, 'target')}, each of which weighs as much as any other."
+    )
+    return section(
+        "Can its probabilities be believed?",
+        said,
+        f'<div class="charts">{"".join(charts)}</div>',
+        paragraph(note, "note"),
+        key="calibration",
+    )
+
+
+_PIXELS = ("probability of being inside, by the model", "share really inside", "pixels")
+_IOUS = ("IoU that the model expects", "IoU measured", "targets")
+
+
+def in_words(name: str, one: Calibration) -> str:
+    """What a clinician can take from it.
+
+    Args:
+        name: ``before`` or ``after``.
+        one: What was found then.
+    """
+    likely = [
+        (abs(promised - _SURE), promised, found)
+        for share, promised, found in zip(one.pixels.share, one.pixels.promised, one.pixels.found, strict=True)
+        if share >= _RARE and 0.5 <= promised < 0.99
+    ]
+    words = f"{name.title()} tuning: "
+    if likely:
+        _, promised, found = min(likely)
+        words += f"where the model says {_percent(promised)}, {_percent(found)} of the pixels are inside. "
+    words += (
+        f"On average its probabilities are off by {100 * one.ece:.1f} percentage points (ECE {one.ece:.3f}; "
+        f"Brier score {one.brier:.3f}, 0 being perfect)."
+    )
+    if one.iou_error is not None:
+        words += f" Its own estimate of the IoU is off by {score(one.iou_error)} on average."
+    return words
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}\u00a0%"
+
+
+def reliability_chart(curves: Mapping[str, Reliability], promised: str, found: str, what: str) -> str:
+    """What came true over what was promised, a line for each evaluation.
+
+    Args:
+        curves: By ``before`` and ``after``, at least one of them.
+        promised: Name of the one axis.
+        found: Name of the other.
+        what: What is counted.
+    """
+    frame = Frame(x=(0, 1), y=(0, 1), width=420, height=400)
+    lines, words = [], []
+    for name, one in curves.items():
+        dots = "".join(
+            f'<circle cx="{frame.across(x):.1f}" cy="{frame.up(y):.1f}" r="{2.5 + 5 * math.sqrt(share):.1f}">'
+            f"<title>{name} tuning: promised {x:.2f}, came true {y:.2f}, {share:.1%} of the {what}</title></circle>"
+            for share, x, y in zip(one.share, one.promised, one.found, strict=True)
+        )
+        lines.append(f'<g class="jitter {name}"><path d="{frame.path(one.promised, one.found)}"/>{dots}</g>')
+        words.append(f"{name} tuning {_ends(one)}")
+    (x0, x1), (y0, y1) = ((place(0.0), place(1.0)) for place in (frame.across, frame.up))
+    style = 'class="grid" stroke-dasharray="2 4" style="stroke:var(--ink)"'
+    diagonal = f'<line {style} x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"/>'
+    return frame.picture(
+        escape(f"share of {what} for which it came true, by what was promised: {'; '.join(words)}", quote=False),
+        frame.grid(_TICKS, found),
+        frame.below(_TICKS, promised),
+        diagonal,
+        *lines,
+    )
+
+
+def _ends(one: Reliability) -> str:
+    """First and last point in words, for who does not see the chart."""
+    points: Sequence[tuple[float, float]] = list(zip(one.promised, one.found, strict=True))
+    return " to ".join(f"{y:.2f} at {x:.2f}" for x, y in (points[0], points[-1]))
