@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,11 @@ class RunData:
 
     def pairs(self) -> list[tuple[CaseScore, CaseScore]]:
         """Targets with a score before and after, in the order of the second evaluation."""
+        return self._pairs
+
+    @cached_property
+    def _pairs(self) -> list[tuple[CaseScore, CaseScore]]:
+        """Found once: a page asks twenty times, and there may be tens of thousands of targets."""
         if self.before is None or self.after is None:
             return []
         return pair(self.before.scores, self.after.scores)
@@ -143,6 +149,16 @@ class RunData:
 
     def compare(self, score: str) -> Comparison | None:
         """Compare ``dsc``, ``iou`` or ``nsd`` over the pairs that have it; None without any."""
+        if score not in self._compared:
+            self._compared[score] = self._compare(score)
+        return self._compared[score]
+
+    @cached_property
+    def _compared(self) -> dict[str, Comparison | None]:
+        """What was compared so far."""
+        return {}
+
+    def _compare(self, score: str) -> Comparison | None:
         values = [(getattr(before, score), getattr(after, score)) for before, after in self.pairs()]
         both = np.array([value for value in values if None not in value], np.float64).reshape(-1, 2)
         return compare(both[:, 0], both[:, 1]) if len(both) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -68,10 +67,10 @@ def box_charts(groups: Mapping[str, Mapping[str, Sequence[CaseScore]]], what: st
 
 def mean_sd(rows: Sequence[CaseScore], metric: str) -> str:
     """Mean ± standard deviation of a metric."""
-    values = values_of(rows, metric).tolist()
-    if not values:
+    values = values_of(rows, metric)
+    if not values.size:
         return UNKNOWN
-    return score(fmean(values)) + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    return score(float(values.mean())) + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def quartiles(rows: Sequence[CaseScore], metric: str) -> str:
