@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +169,7 @@ def spreads(scores: Sequence[CaseScore]) -> list[Spread]:
 
 def values_of(scores: Iterable[CaseScore], metric: str) -> np.ndarray:
     """One metric of those targets that have it: (N,) float64."""
-    values = (getattr(score, metric) for score in scores)
+    values = map(attrgetter(metric), scores)
     return np.array([value for value in values if value is not None], np.float64)
 
 

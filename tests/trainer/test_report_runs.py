@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import browsed, needs_browser, too_wide
 from scipy.stats import wilcoxon
 
 from data_shards.errors import run_command
@@ -103,7 +104,7 @@ def test_only_what_all_scored_is_compared(tmp_path: Path) -> None:
 def test_untouched_is_one_series_only_where_it_is_one_model(three: list[Run]) -> None:
     assert len(gathered(three).untouched) == COUNT
     table = three[1].evaluation("untouched") / "per_case.csv"
-    write_scores(table, [row for row in read_run(three[0]).after.scores])  # type: ignore[union-attr]
+    write_scores(table, read_run(three[0]).after.scores)  # type: ignore[union-attr]
     assert gathered(three).untouched == []
 
 
@@ -166,3 +167,20 @@ def test_mistakes_are_one_line(
     assert said in shown.err and shown.err.count("\n") == 1
     assert not shown.out
     assert not list(tmp_path.rglob("*.html"))
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_the_page_in_a_browser(three: list[Run], tmp_path: Path, width: int, scheme: str) -> None:
+    assert report_command([*(str(run.root) for run in three), "--out", str(tmp_path / "all.html")]) == 0
+    asked: list[str] = []
+    with browsed(tmp_path / "all.html", width=width, scheme=scheme, requests=asked) as tab:  # type: ignore[arg-type]
+        assert too_wide(tab) == 0
+        assert asked == [(tmp_path / "all.html").resolve().as_uri()], "nothing else is asked for"
+        assert tab.locator("svg.chart g.line").count() == 3
+        tab.get_by_text("What each run asks").focus()
+        tab.keyboard.press("Enter")
+        assert tab.get_by_text("Is lora <good>?").is_visible()
+        tab.get_by_role("link", name="lora", exact=True).press("Enter")
+        tab.wait_for_url("**/lora/report.html")
+        assert tab.locator("h1").inner_text() == "lora", "the run's own page is there"
