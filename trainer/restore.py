@@ -220,7 +220,15 @@ def instantiate(node: Mapping[str, Any], base: type, where: str) -> Any:
         config = parser.parse_object({"made": dict(node)})
     except Exception as error:
         raise UserError(f"{where}: {_first_line(error)}") from error
-    return parser.instantiate_classes(config).made
+    try:
+        return parser.instantiate_classes(config).made
+    except ValueError as error:
+        refused: BaseException | None = error  # jsonargparse wraps what a class says into lines of its own
+        while refused is not None and not isinstance(refused, UserError):
+            refused = refused.__cause__ or refused.__context__
+        if refused is None:
+            raise
+        raise refused from None
 
 
 def _first_line(error: BaseException) -> str:

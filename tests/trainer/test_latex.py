@@ -11,7 +11,7 @@ from finished_cells import cell, leave
 
 from trainer.ablation.results import collect
 from trainer.ablation.spec import load_ablation
-from trainer.ablation.tables import write_latex
+from trainer.ablation.tex import write_latex
 from trainer.report.latex import escaped, latex_line
 
 needs_latex = pytest.mark.skipif(

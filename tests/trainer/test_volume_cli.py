@@ -354,6 +354,12 @@ class TestMistakes:
         assert refused("--box", BALL, "--margin", -1) == "trainer: error: --margin -1: 0 pixels or more"
         assert refused("--box", BALL, "--at-once", 0) == "trainer: error: --at-once 0: 1 object or more"
         assert "unexpected '--boxes'; did you mean '--box'" in refused("--boxes", BALL)
+        (tmp_path / "w.pth").write_bytes(b"no weights")
+        node = {"class_path": "trainer.models.LiteMedSAM", "init_args": {"weights": str(tmp_path / "w.pth")}}
+        module = {"class_path": "trainer.modules.MedSAMModule", "init_args": {"model": node}}
+        (tmp_path / "damaged.yaml").write_text(yaml.safe_dump({"model": module}))
+        told = refused("--box", BALL, "--recipe", tmp_path / "damaged.yaml", recipe=False)
+        assert f"weights {tmp_path / 'w.pth'}: not a readable checkpoint" in told
 
     def test_outputs(self, refused: Callable[..., str], scene: Path, tmp_path: Path) -> None:
         there = tmp_path / "there.nii.gz"

@@ -103,7 +103,8 @@ def _report(cells: Sequence[Cell], loaded: Loaded, out: Path) -> int:
     """Write the tables and the page of what is there, and print the main one."""
     from trainer.ablation.page import write_page
     from trainer.ablation.results import collect, write_csv
-    from trainer.ablation.tables import missing, write_latex, write_markdown
+    from trainer.ablation.tables import missing, write_markdown
+    from trainer.ablation.tex import write_latex
 
     results = collect(cells, loaded.reference)
     try:

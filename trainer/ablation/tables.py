@@ -282,10 +282,3 @@ def _markdown(table: Table) -> str:
 
 def _pipes(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*")
-
-
-def write_latex(path: Path, loaded: Loaded, results: Results) -> None:
-    """Write ``results.tex``: the tables with booktabs, to be put into a paper as they are."""
-    from trainer.ablation.tex import document
-
-    write_whole(path, document(loaded.name, all_tables(results), notes(loaded, results)))

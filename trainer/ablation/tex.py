@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from trainer.ablation.tables import COSTS, Table
+from trainer.ablation.results import Results
+from trainer.ablation.spec import Loaded
+from trainer.ablation.tables import COSTS, Table, all_tables, notes
 from trainer.report.latex import escaped, latex_line
+from trainer.run import write_whole
 
 _FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 """Begins what is made smaller where it is wider than a line, and left alone elsewhere."""
+
+
+def write_latex(path: Path, loaded: Loaded, results: Results) -> None:
+    """Write ``results.tex``: the tables with booktabs, to be put into a paper as they are."""
+    write_whole(path, document(loaded.name, all_tables(results), notes(loaded, results)))
 
 
 def document(name: str, tables: Sequence[Table], notes: Sequence[str]) -> str:

@@ -45,23 +45,10 @@ def load_model(place: str, checkpoint: str | None, weights: Weights | None, devi
         assert run is not None  # `_kind` found it
         loaded, name = load_run(str(run.root), str(path), weights, device), f"{run.root.name}, {path.name}"
     elif kind == "recipe":
-        loaded, name = _load_recipe(path, device), path.name
+        loaded, name = load_recipe(str(path), device), path.name
     else:
         loaded, name = _load_export(path, device), path.name
     return loaded, f"{type(loaded.model).__name__} · {name}"
-
-
-def _load_recipe(path: Path, device: torch.device) -> Loaded:
-    """The model of a recipe; what jsonargparse wraps around a mistake of the user's is left out."""
-    try:
-        return load_recipe(str(path), device)
-    except ValueError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise cause from None
 
 
 def _kind(path: Path) -> str:
@@ -107,7 +94,7 @@ def _load_export(path: Path, device: torch.device) -> Loaded:
         recipe = Path(folder) / beside.name
         recipe.write_text("# An export's model\n" + yaml.safe_dump(content), encoding="utf-8")
         try:
-            loaded = _load_recipe(recipe, device)
+            loaded = load_recipe(str(recipe), device)
         except UserError as error:
             reason = str(error).replace(f"recipe {recipe}: ", "").replace(str(recipe), str(beside))
             raise UserError(f"{path}: {reason}") from None
