@@ -4,9 +4,9 @@ python benchmarks/ablation.py --data FOLDER --out FOLDER    # real images of eig
 python benchmarks/ablation.py --data FOLDER --out FOLDER --save     # and put the tables into the results
 python benchmarks/ablation.py --quick                       # slices of one brain, two cells, two steps: some minutes
 
-It builds shards, and runs `trainer ablate recipes/ablations/peft_vs_full.yaml` on them: six ways of tuning, two seeds,
-30 steps of four images each, LiteMedSAM's released weights at 128 px, boxes as prompts. The same command with the same
---out goes on where it was stopped.
+It builds shards, and runs `trainer ablate recipes/ablations/peft_vs_full.yaml` on them: six ways of tuning and a U-Net
+from scratch, two seeds, 30 steps of four images each, LiteMedSAM's released weights at 128 px, boxes as prompts. The
+same command with the same --out goes on where it was stopped.
 
 --data holds a folder for each of eight public sets (a few images of each are enough), named and laid out as the specs
 in tests/data_shards/specs say: CT lesions, dermoscopy, polyps, vessels of the retina, nuclei in microscopy and in
@@ -22,7 +22,7 @@ The last line is one JSON object:
   torch      its version
   images     {"train", "test"}: number of images
   targets    number of targets that are scored
-  seconds    from the first cell's start to the page; null where some cells were finished before
+  seconds    of `trainer ablate`, of all calls on this --out together; null where one of them was killed
   rows       a list of {"cell", "learning", "dsc", "nsd", "difference", "p_holm"}: parameters that learn, medians of DSC
              and NSD over all targets, mean difference of DSC from full fine-tuning and its p after Holm; null for the
              cell that the others are compared with
@@ -32,6 +32,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
+import math
 import shutil
 import sys
 import tempfile
@@ -94,7 +96,7 @@ def build_shards(data: Path | None, out: Path) -> None:
 
 
 def ablate(out: Path, quick: bool) -> tuple[list[dict[str, str]], float | None]:
-    """Run the ablation; return the rows of its results, and its seconds unless some cells were finished before."""
+    """Run the ablation; return the rows of its results, and the seconds of all calls unless one was killed."""
     # the probe of boxes that are off takes longer than the scores themselves
     shards = {split: str(out / "shards" / split) for split in SPLITS}
     init_args: dict[str, Any] = {**shards, "val": None}
@@ -107,18 +109,22 @@ def ablate(out: Path, quick: bool) -> tuple[list[dict[str, str]], float | None]:
     data = out / "data.yaml"
     data.write_text(yaml.safe_dump(overlay), encoding="utf-8")
     folder = out / "ablation"
-    begun = any((folder / "cells").glob("*/**/evaluation"))
+    taken, before = out / "seconds.json", 0.0
+    if (folder / "cells").is_dir():
+        before = json.loads(taken.read_text(encoding="utf-8")) if taken.is_file() else math.nan
+    taken.unlink(missing_ok=True)  # comes back only if this call ends
     words = ["ablate", str(SPEC), "-c", str(data), "--out", str(folder), "--steps", str(2 if quick else STEPS)]
     if quick:
         words += ["--seeds", "0", "--only", "untouched", "full"]
     start = time.perf_counter()
     code = trainer_command(words)
-    seconds = time.perf_counter() - start
+    seconds = before + time.perf_counter() - start
     if code:
         sys.exit(f"the ablation ended with {code}: see the logs in {folder / 'cells'}")
+    taken.write_text(json.dumps(seconds), encoding="utf-8")
     with (folder / "results.csv").open(newline="", encoding="utf-8") as handle:
         rows = [row for row in csv.DictReader(handle) if row["kind"] == "all"]
-    return rows, None if begun else seconds
+    return rows, None if math.isnan(seconds) else seconds
 
 
 def shown(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
