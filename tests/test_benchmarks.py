@@ -203,6 +203,30 @@ def checkpoint_is_sane(found: dict[str, Any]) -> bool:
     )
 
 
+def ablation_is_sane(found: dict[str, Any]) -> bool:
+    untouched, full = found["rows"]
+    return (
+        (untouched["cell"], full["cell"]) == ("untouched", "full")
+        and untouched["learning"] == 0 < full["learning"]
+        and all(0 <= row[metric] <= 1 for row in found["rows"] for metric in ("dsc", "nsd"))
+        and full["difference"] is full["p_holm"] is None
+        and 0 < untouched["p_holm"] <= 1
+        and min(*found["images"].values(), found["targets"], found["seconds"]) > 0
+    )
+
+
+def metrics_is_sane(found: dict[str, Any]) -> bool:
+    ours, theirs = (found["milliseconds"][name] for name in ("ours", "surface_distance"))
+    return (
+        positive(found["milliseconds"])
+        and found["difference"]["surface_distance"] < 1e-12
+        and found["difference"]["monai"] < 1e-6
+        and found["ratio"] == pytest.approx(theirs / ours, rel=1e-2)
+        and found["bar"] == {"least": 5.0, "met": found["ratio"] >= 5}
+        and (found["side"], found["pairs"]) == (256, 2)
+    )
+
+
 def exports_are_sane(found: dict[str, Any]) -> bool:
     held = [(row["family"], row["format"]) for row in found["rows"]]
     return (
@@ -270,6 +294,7 @@ def sharded_step_is_sane(found: dict[str, Any]) -> bool:
 @pytest.mark.parametrize(
     ("name", "size", "is_sane"),
     [
+        pytest.param("ablation.py", (), ablation_is_sane, marks=pytest.mark.slow),
         ("samples.py", ("--distinct", "5"), samples_are_sane),
         ("checkpoint.py", ("--megabytes", "30", "--rounds", "1"), checkpoint_is_sane),
         (
@@ -284,6 +309,7 @@ def sharded_step_is_sane(found: dict[str, Any]) -> bool:
         ("sam2_memory.py", (), sam2_memory_is_sane),
         ("sam3_step.py", ("--images", "2", "--prompts", "2", "--steps", "1"), sam3_step_is_sane),
         ("matcher.py", ("--prompts", "4", "--layers", "2", "--rounds", "1"), matcher_is_sane),
+        ("metrics.py", ("--pairs", "1", "--rounds", "1"), metrics_is_sane),
         ("projection.py", (), projection_is_sane),
         (
             "sharded_step.py",
@@ -307,11 +333,13 @@ def test_the_last_line_is_what_the_docstring_says(name: str, size: tuple[str, ..
 
 def test_every_benchmark_is_run_above() -> None:
     assert NAMES == [
+        "ablation.py",
         "checkpoint.py",
         "exports.py",
         "index.py",
         "loader.py",
         "matcher.py",
+        "metrics.py",
         "packed.py",
         "projection.py",
         "readers.py",
