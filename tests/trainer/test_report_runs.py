@@ -72,7 +72,7 @@ def test_runs_are_compared_with_the_first_and_corrected(three: list[Run]) -> Non
 
 
 def test_an_order_is_stated_only_where_it_is_clear(three: list[Run]) -> None:
-    assert verdict(gathered(three)).endswith("That is no clear difference.")
+    assert verdict(gathered(three)).endswith("That is no clear difference: the interval includes 0.")
     clear = verdict(gathered([three[1], three[0]]))
     assert "full differs from lora by +0.06" in clear and "no clear" not in clear
 

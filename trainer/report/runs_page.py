@@ -87,7 +87,14 @@ def verdict(runs: Runs) -> str:
     sure = outside and p is not None and p < SIGNIFICANT and one.count >= FEW
     spread = f", 95 % CI {interval(one.gain_ci95)}" if one.gain_ci95 else ""
     tested = f", corrected Wilcoxon {p_value(p)}" if p is not None else ""
-    less = "" if sure else " That is no clear difference."
+    why = (
+        "the targets are too few to tell"
+        if one.count < FEW
+        else "p is not below 0.05"
+        if outside
+        else "the interval includes 0"
+    )
+    less = "" if sure else f" That is no clear difference: {why}."
     return f"{said} {who} differs from {runs.first} by {signed(one.gain)}{spread}{tested}.{less}".replace(
         " %", "\u00a0%"
     )
@@ -129,15 +136,15 @@ def _table(runs: Runs, folder: Path) -> str:
     """A row for each run: what it is, what it scored, and how that differs from the first."""
     found = runs.differences()
     nsd = "nsd" in scored_metrics([row for label in runs.scored for row in runs.rows(label)])
-    columns = ["Run", "Tuning", "n", "DSC", "median (quartiles)", *(["NSD"] if nsd else [])]
-    columns += [f"DSC: difference from {runs.first} (95 % CI)", "p (Holm)", "Export gate"]
-    rows: list[tuple[Any, ...]] = []
-    if runs.untouched:
-        spread = (mean_sd(runs.untouched, "dsc"), quartiles(runs.untouched, "dsc"))
-        surface = (mean_sd(runs.untouched, "nsd"),) if nsd else ()
-        rows.append((UNTOUCHED, None, len(runs.untouched), *spread, *surface, None, None, None))
+    columns = ["Run", "n", "DSC", "difference (95 % CI)", "p (Holm)", "median (quartiles)", *(["NSD"] if nsd else [])]
+    columns += ["Tuning", "Export gate"]
+
+    def line(name: Any, scores: Sequence[CaseScore], difference: Sequence[str | None]) -> tuple[Any, ...]:
+        surface = (mean_sd(scores, "nsd"),) if nsd else ()
+        return name, len(scores) or None, mean_sd(scores, "dsc"), *difference, quartiles(scores, "dsc"), *surface
+
+    rows = [(*line(UNTOUCHED, runs.untouched, (None, None)), None, None)] if runs.untouched else []
     for (label, data), root in zip(runs.runs.items(), runs.roots, strict=True):
-        scores = runs.rows(label)
         one, p = found.get(label, (None, None))
         difference = (
             (
@@ -147,18 +154,8 @@ def _table(runs: Runs, folder: Path) -> str:
             if one
             else ("reference" if label == runs.first else None, None)
         )
-        surface = (mean_sd(scores, "nsd"),) if nsd else ()
-        rows.append(
-            (
-                _link(label, root, folder),
-                data.record.get("tuning"),
-                len(scores) or None,
-                *(mean_sd(scores, "dsc"), quartiles(scores, "dsc")),
-                *surface,
-                *difference,
-                gate_figure(data.exports)[0],
-            )
-        )
+        gate = Markup(f'<span class="whole">{gate_figure(data.exports)[0]}</span>')
+        rows.append((*line(_link(label, root, folder), runs.rows(label), difference), data.record.get("tuning"), gate))
     note = (
         "After tuning, on the targets that all runs scored: mean ± standard deviation, median with quartiles, and "
         f"paired differences from {runs.first}, with two-sided Wilcoxon signed-rank tests corrected by Holm. "
@@ -166,8 +163,8 @@ def _table(runs: Runs, folder: Path) -> str:
         else "After tuning, each run on its own targets: mean ± standard deviation, and median with quartiles. "
     )
     note += tolerance_note([row for label in runs.scored for row in runs.rows(label)])
-    last = len(columns) - 1
-    shown = table(columns, rows, label="The runs and their scores", words=(0, 1, last))
+    words = (0, len(columns) - 2, len(columns) - 1)
+    shown = table(columns, rows, label="The runs and their scores", words=words)
     return section("Runs", shown, paragraph(note.strip(), "note"), _questions(runs))
 
 
