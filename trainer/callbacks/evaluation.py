@@ -51,7 +51,7 @@ class EvaluationRecord(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the samples to show."""
         self._keeper = PanelKeeper(spread_samples(trainer.test_dataloaders, trainer.num_test_batches[0], self.panels))
-        self._ranked, self._rows = RankKeeper(), 0
+        self._ranked = RankKeeper()
         self._skipped: dict[str, str] = {}
 
     def on_test_batch_end(
@@ -61,18 +61,17 @@ class EvaluationRecord(Callback):
         self._skipped.update({item.key: item.reason for item in batch.skipped})
         self._keeper.keep(batch, outputs)
         assert isinstance(pl_module, TunedModule)
-        scored = [q for q in range(len(batch.identities)) if pl_module.counts(batch, q)]
-        rows = pl_module.scores[self._rows :]
-        self._rows += len(rows)
-        for q, (_, score) in zip(scored, rows, strict=True) if self.panels else ():
-            self._ranked.keep(batch, outputs, q, score.dsc)
+        for q in range(len(batch.masks)) if self.panels else ():
+            if pl_module.counts(batch, q):
+                self._ranked.keep(batch, outputs, q)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the tables and the pictures."""
         assert isinstance(pl_module, TunedModule)
         scores, kept = pl_module.gathered_scores(), self._keeper.gathered()
         shown = {(panel.key, panel.target) for panel in kept}
-        kept += [panel for panel in self._ranked.gathered() if (panel.key, panel.target) not in shown]
+        ranked = self._ranked.gathered(scores, trainer.test_dataloaders.dataset.shards)
+        kept += [panel for panel in ranked if (panel.key, panel.target) not in shown]
         answers: list[TermAnswer] = getattr(pl_module, "gathered_answers", list)()  # of modules that are asked in words
         skipped = {key: reason for part in every_rank(self._skipped) for key, reason in sorted(part.items())}
         if not trainer.is_global_zero:

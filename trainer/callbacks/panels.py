@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import bisect
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
+from pycocotools import mask as coco_mask
+from torch import Tensor
 
 from data_shards.batch import TripletBatch
+from data_shards.dataset import ShardDataset
 from data_shards.errors import UserError
 from data_shards.loader import TripletLoader
 from data_shards.sampler import EvenSampler
@@ -16,6 +24,10 @@ from trainer.ranks import every_rank
 from trainer.report.panels import Panel
 from trainer.report.sheet import draw_sheet
 from trainer.run import Run
+from trainer.scores import CaseScore
+
+IN_MEMORY = 2**26
+"""Bytes of run lengths that are kept in memory; more go to a temporary file."""
 
 
 def spread_samples(loader: TripletLoader, batches: int | float, count: int) -> list[int]:
@@ -32,10 +44,6 @@ def spread_samples(loader: TripletLoader, batches: int | float, count: int) -> l
     fits = view.scored(int(draws))
     places = np.linspace(0, len(fits) - 1, min(len(fits), count)).round().astype(int)
     return [int(position) for position in fits[places]]
-
-
-Place = tuple[float, int, int]
-"""DSC of a target, its sample's position in the corpus and its own in the sample: in the order of scores."""
 
 
 class PanelKeeper:
@@ -66,66 +74,93 @@ class PanelKeeper:
 
 
 class RankKeeper:
-    """Keeps the best, the median and the worst target of an evaluation as pictures, in one pass over it.
+    """Shows the best, the median and the worst target of an evaluation, which are known only at its end.
 
-    Best and worst are kept whenever they are beaten. For the median the targets are kept whose scores lie nearest to
-    the median so far: of those that come in any order it is, in the end, nearly always among them, else a neighbour.
-
-    Args:
-        around: How many are kept about the median, on each rank.
+    Until then the masks of every target are kept as run lengths, some hundred bytes each, in memory or, where they are
+    many, in a temporary file. The images of those that are shown are read again: nothing is predicted twice.
     """
 
-    def __init__(self, around: int = 24) -> None:
-        self._around = around
-        self._seen: list[float] = []
-        self._kept: dict[Place, Panel] = {}
+    def __init__(self) -> None:
+        self._kept = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115
+        self._places: dict[tuple[str, int], tuple[int, int]] = {}
 
-    def keep(self, batch: TripletBatch, prediction: Prediction, q: int, dsc: float) -> None:
-        """Look at a target that was scored, and keep it as a picture if it may be wanted."""
-        place = (dsc, *batch.identities[q])
-        bisect.insort(self._seen, dsc)
-        wanted = self._wanted({*self._kept, place})
-        if place in wanted:
-            self._kept[place] = panel_of(batch, prediction, q)
-        self._kept = {one: panel for one, panel in self._kept.items() if one in wanted}
+    def keep(self, batch: TripletBatch, prediction: Prediction, q: int) -> None:
+        """Keep the masks and the prompt of a target that was scored."""
+        image = int(batch.image_index[q])
+        position, target = batch.identities[q]
+        box, points = _prompt_of(prediction, q)
+        line = {
+            "truth": _run_lengths(batch.masks[q]),
+            "prediction": _run_lengths(prediction.masks[q]),
+            **{"term": batch.terms[q], "position": position, "box": box.tolist(), "points": points.tolist()},
+        }
+        written = json.dumps(line).encode()
+        offset = self._kept.seek(0, io.SEEK_END)
+        self._kept.write(written)
+        self._places[batch.keys[image], target] = (offset, len(written))
 
-    def _wanted(self, places: set[Place]) -> set[Place]:
-        """Those of some that are worst, best or near to the median."""
-        ordered = sorted(places)
-        median = self._seen[(len(self._seen) - 1) // 2]
-        near = sorted(ordered, key=lambda place: abs(place[0] - median))[: self._around]
-        return {ordered[0], ordered[-1], *near}
+    def gathered(self, scores: Sequence[CaseScore], shards: ShardDataset) -> list[Panel]:
+        """Worst, median and best, as far as there are so many. All ranks must ask.
 
-    def gathered(self) -> list[Panel]:
-        """Worst, median and best of all ranks, as far as there are so many. All ranks must ask."""
-        parts = every_rank(list(self._kept))
-        scores = sorted(score for part in every_rank(self._seen) for score in part)
-        places = sorted({place for part in parts for place in part})
-        if not places:
-            return []
-        middle = min(places, key=lambda place: abs(place[0] - scores[(len(scores) - 1) // 2]))
-        chosen = list(dict.fromkeys((places[0], middle, places[-1])))
-        mine = {place: self._kept[place] for place in chosen if place in self._kept}
-        merged = {place: panel for part in every_rank(mine) for place, panel in part.items()}
-        return [merged[place] for place in chosen]
+        Args:
+            scores: Of all ranks.
+            shards: Where the images are.
+        """
+        ranked = sorted(scores, key=lambda score: float(f"{score.dsc:.6f}"))  # as who reads the table sees them
+        wanted = [ranked[place] for place in (0, (len(ranked) - 1) // 2, -1)] if ranked else []
+        chosen = list(dict.fromkeys((score.key, score.target) for score in wanted))
+        mine: dict[tuple[str, int], Panel] = {}
+        for who in chosen:
+            with contextlib.suppress(UserError):  # damaged since: the scores stand, without a picture
+                if who in self._places:
+                    mine[who] = self._panel(*who, shards)
+        merged = {who: panel for part in every_rank(mine) for who, panel in part.items()}
+        return [merged[who] for who in chosen if who in merged]
+
+    def _panel(self, key: str, target: int, shards: ShardDataset) -> Panel:
+        offset, length = self._places[key, target]
+        self._kept.seek(offset)
+        line = json.loads(self._kept.read(length))
+        image = shards[line["position"]].image
+        return Panel(
+            key=key,
+            term=line["term"],
+            image=to_uint8(image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)),
+            truth=coco_mask.decode(line["truth"]),
+            prediction=coco_mask.decode(line["prediction"]),
+            box=np.array(line["box"], np.float32),
+            points=np.array(line["points"], np.float32).reshape(-1, 3),
+            target=target,
+        )
 
 
 def panel_of(batch: TripletBatch, prediction: Prediction, q: int) -> Panel:
     """Target `q` of a batch as a picture."""
     image = int(batch.image_index[q])
-    points = np.concatenate(
-        [prediction.points[q].numpy(force=True), prediction.labels[q].numpy(force=True)[:, None]], 1
-    )
+    box, points = _prompt_of(prediction, q)
     return Panel(
         key=batch.keys[image],
         term=batch.terms[q],
         image=to_uint8(batch.images[image].cpu().numpy()),
         truth=batch.masks[q].cpu().numpy().astype(np.uint8),
         prediction=prediction.masks[q].cpu().numpy().astype(np.uint8),
-        box=prediction.boxes[q].numpy(force=True).astype(np.float32),
-        points=points[points[:, 2] >= 0].astype(np.float32),
+        box=box,
+        points=points,
         target=batch.identities[q][1],
     )
+
+
+def _run_lengths(mask: Tensor) -> dict[str, Any]:
+    """A mask (H, W) as COCO RLE that JSON takes."""
+    lengths = coco_mask.encode(np.asfortranarray(mask.cpu().numpy(), np.uint8))
+    return {**lengths, "counts": lengths["counts"].decode("ascii")}
+
+
+def _prompt_of(prediction: Prediction, q: int) -> tuple[np.ndarray, np.ndarray]:
+    """Box (4,) and points (P, 3) that target `q` was asked with, as in a `Panel`."""
+    places, labels = prediction.points[q].numpy(force=True), prediction.labels[q].numpy(force=True)
+    points = np.concatenate([places, labels[:, None]], 1)
+    return prediction.boxes[q].numpy(force=True).astype(np.float32), points[points[:, 2] >= 0].astype(np.float32)
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
