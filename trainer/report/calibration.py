@@ -1,100 +1,22 @@
-"""Calibration: whether what a model promises comes true, read from ``calibration.json`` and drawn."""
+"""Calibration: whether what a model promises comes true, as a section of the page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from data_shards.errors import UserError, counted
+from data_shards.errors import counted
 from trainer.report.charts import Frame
+from trainer.report.data import RunData
 from trainer.report.markup import paragraph, score, section
-from trainer.run import read_json
-
-if TYPE_CHECKING:
-    from trainer.report.data import RunData
+from trainer.report.reliability import Calibration, Reliability
 
 _TICKS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 _SURE = 0.9
 """The promise that is put into words."""
 _RARE = 1e-4
 """Share of the pixels below which a bin is not put into words."""
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """What was promised and what came true, in bins of what was promised.
-
-    Attributes:
-        share: Of all values, in each bin that has any.
-        promised: Mean of what was promised in each of them.
-        found: Mean of what came true in each of them.
-    """
-
-    share: tuple[float, ...]
-    promised: tuple[float, ...]
-    found: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What ``calibration.json`` says.
-
-    Attributes:
-        targets: How many were looked at.
-        whole: Whether all pixels of the images count, not those about the target alone.
-        ece: Expected calibration error.
-        brier: Brier score.
-        pixels: Probabilities of pixels.
-        ious: IoU as estimated by the model, if it does.
-        iou_error: Mean absolute error of that.
-    """
-
-    targets: int
-    whole: bool
-    ece: float
-    brier: float
-    pixels: Reliability
-    ious: Reliability | None = None
-    iou_error: float | None = None
-
-
-def read_calibration(path: Path) -> Calibration | None:
-    """Read ``calibration.json``; None if there is none.
-
-    Raises:
-        UserError: The file is damaged.
-    """
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    try:
-        ious = content.get("iou")
-        found = Calibration(
-            targets=int(content["targets"]),
-            whole=content["region"] == "image",
-            ece=float(content["ece"]),
-            brier=float(content["brier"]),
-            pixels=_bins(content, "probability", "inside"),
-            ious=_bins(ious, "estimated", "measured") if ious else None,
-            iou_error=float(ious["error"]) if ious else None,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); run the evaluation again") from error
-    return found
-
-
-def _bins(content: Mapping[str, Any], promised: str, found: str) -> Reliability:
-    """The bins that have anything."""
-    columns = zip(content["share"], content[promised], content[found], strict=True)
-    filled = [(float(share), float(a), float(b)) for share, a, b in columns if a is not None]
-    if not filled or not all(0 <= value <= 1 for row in filled for value in row):
-        raise ValueError(f"{promised} and {found} are shares between 0 and 1")
-    shares, firsts, seconds = zip(*filled, strict=True)
-    return Reliability(shares, firsts, seconds)
 
 
 def calibration_section(data: RunData) -> str:
@@ -197,5 +119,5 @@ def reliability_chart(curves: Mapping[str, Reliability], promised: str, found: s
 
 def _ends(one: Reliability) -> str:
     """First and last point in words, for who does not see the chart."""
-    points: Sequence[tuple[float, float]] = list(zip(one.promised, one.found, strict=True))
+    points = list(zip(one.promised, one.found, strict=True))
     return " to ".join(f"{y:.2f} at {x:.2f}" for x, y in (points[0], points[-1]))

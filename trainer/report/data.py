@@ -14,7 +14,6 @@ import numpy as np
 
 from data_shards.errors import UserError
 from data_shards.splits import EXTERNAL
-from trainer.report.calibration import Calibration, read_calibration
 from trainer.report.curves import Curve, read_curves
 from trainer.report.panels import Panel, load_panels
 from trainer.report.records import (
@@ -30,6 +29,7 @@ from trainer.report.records import (
     read_stages,
     read_synonyms,
 )
+from trainer.report.reliability import Calibration, read_calibration
 from trainer.report.statistics import Comparison, compare
 from trainer.report.traces import read_skipped, read_traces
 from trainer.run import Run, opening
