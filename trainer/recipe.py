@@ -91,6 +91,8 @@ def check_content(content: Any, where: str, key: str = "") -> None:
         UserError: A key is no text, or a class is unknown, not allowed, or given an argument that it does not have.
     """
     _check_keys(content, f"{where}{key}")
+    if not key and isinstance(content, Mapping) and content.get("config") is not None:
+        raise UserError(f"{where}config: a recipe names no other recipe: give them one after another, -c ONE -c OTHER")
     for place, value in flat(content, key).items():
         if value is not None and _SECRET.search(place):
             raise UserError(

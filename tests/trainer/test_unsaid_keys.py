@@ -34,6 +34,8 @@ def read(tmp_path: Path, *parts: dict) -> None:
         ({"checkpoint": {"kep": {"all": {}}}}, "unknown key 'checkpoint.kep.*'; did you mean 'keep'?"),
         ({"model": {"init_args": {"tunign": {}}}}, "unknown key 'model.init_args.tunign'"),
         ({"data": {"init_arg": {}}}, "unknown key 'data.init_arg'"),
+        ({"config": {}}, "part0.yaml: config: a recipe names no other recipe"),
+        ({"config": "other.yaml"}, "part0.yaml: config: a recipe names no other recipe"),
         ({"return_predictions": {}}, "unknown key 'return_predictions': another command takes it"),
     ],
 )
