@@ -28,7 +28,7 @@ Fine-tune segmentation foundation models for medicine.
   ablate       answer a question by cells     trainer ablate recipes/ablations/peft_vs_full.yaml
   export       write weights for other tools  trainer export RUN --to litemedsam --out FILE
   consolidate  make one file of a checkpoint  trainer consolidate RUN [--out FILE]
-  report       write the run's report.html    trainer report RUN
+  report       write the run's report.html    trainer report RUN…
   demo         try a model in the browser     trainer demo RUN
   launch       train on a cluster, or here    trainer launch RECIPE --cluster recipes/clusters/local.yaml
   jobs         list, follow and cancel these  trainer jobs [RUN] · trainer jobs tail RUN -f · trainer jobs cancel RUN

@@ -308,11 +308,9 @@ def _plain(text: str) -> str:
     named = re.search(r"Expected a dot import path string: ?(\S*)", text)
     words = re.match(r"Expected a Literal\[(.*?)\] - ", text)
     if named and words:  # one of some words, or else a class
-        given, known = named.group(1), words.group(1).replace("'", "").split(", ")
-        return f"there is no '{given}'{nearest(given, known)}"
-    if named:
-        return f"there is no class '{named.group(1)}'{nearest_class(named.group(1))}"
-    return text
+        known = words[1].replace("'", "").split(", ")
+        return f"there is no '{named[1]}'{nearest(named[1], known)}"
+    return f"there is no class '{named[1]}'{nearest_class(named[1])}" if named else text
 
 
 def _children(keys: set[str], parent: str) -> set[str]:
@@ -326,8 +324,7 @@ def _file_with(key: str, recipes: list[str]) -> str:
         content = yaml.safe_load(Path(recipe).read_text())
         # inside of lists, whose items have numbers, as well: `callbacks.0.init_args.shifts.1` is in `shifts`
         inside = (re.sub(r"(\.\d+)+$", "", place) for place in flat(content))
-        found = {*dotted_keys(content), *inside}
-        if any(name == key or name.endswith(f".{key}") for name in found):
+        if any(name == key or name.endswith(f".{key}") for name in {*dotted_keys(content), *inside}):
             return f"recipe {recipe}: "
     return ""
 
