@@ -78,7 +78,7 @@ body:has(#show-prompt:not(:checked)) .tile .prompt { display: none; }
 figure { margin: 0; min-width: 0; }
 .tiles { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; }
 .panels.single { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
-.tiles > :only-child { grid-column: 1 / -1; }
+.single .tiles > :only-child { grid-column: 1 / -1; }
 .tile svg { display: block; width: 100%; aspect-ratio: 1; background: #000; border-radius: 4px; }
 .tile p { margin: .25rem 0 0; font-size: .9rem; }
 .tile b { color: var(--ink); font-weight: 600; }
