@@ -120,6 +120,19 @@ def dsc(one: np.ndarray, other: np.ndarray) -> float:
     return float(2 * (one & other).sum() / (one.sum() + other.sum()))
 
 
+def film(path: Path) -> Path:
+    """Six frames of 64 × 48 pixels, each brighter than the one before."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(6):
+            grey = np.full((48, 64, 3), 20 + 30 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
 class TestMasks:
     def test_a_volume_is_predicts(
         self, scene: Path, real: Answering, desk: Desk, tmp_path: Path, trainer_command: Command
@@ -384,6 +397,13 @@ class TestPictures:
         )
         assert saved is not None and saved.read_bytes() == out.read_bytes()
 
+    @pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.mkv"])
+    def test_a_film(self, name: str, tiny: Answering, desk: Desk, tmp_path: Path) -> None:
+        case = opened(Handlers(desk, tiny), tmp_path, film(tmp_path / name))
+        assert len(case.scan) == 6 and case.spacing is None and forms_of(case) == ["picture", "mask", "frames"]
+        levels = [float(case.scan.raw(number).mean()) for number in range(6)]
+        assert levels == pytest.approx([20 + 30 * number for number in range(6)], abs=6), "in order; lossy"
+
     def test_frames_of_a_video(self, scene: Path, tiny: Answering, desk: Desk, tmp_path: Path) -> None:
         frames = []
         for number in (2, 10, 1):
@@ -512,10 +532,27 @@ class TestUploads:
         line = refused(desk, tiny, tmp_path, pickled_npz(tmp_path / "a.npz", Evil(trace)))
         assert line.startswith("a.npz: ") and not trace.exists()
 
-    def test_films_are_told_what_to_do(self, tiny: Answering, desk: Desk, tmp_path: Path) -> None:
+    def test_films_that_are_none(
+        self, tiny: Answering, desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         (tmp_path / "a.mp4").write_bytes(b"film")
-        line = refused(desk, tiny, tmp_path, tmp_path / "a.mp4")
-        assert line.startswith("a.mp4: films are not read here: save the frames") and "ffmpeg" in line
+        assert refused(desk, tiny, tmp_path, tmp_path / "a.mp4").startswith("a.mp4: is damaged, or no film")
+        secret = tmp_path / "secret.png"
+        Image.fromarray(np.full((20, 30), 7, np.uint8)).save(secret)
+        playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{secret.as_uri()}\n#EXT-X-ENDLIST\n"
+        (tmp_path / "b.mp4").write_text(playlist)
+        assert refused(desk, tiny, tmp_path, tmp_path / "b.mp4").startswith("b.mp4: is damaged, or no film")
+        (tmp_path / "c.mp4").write_bytes(film(tmp_path / "whole.mp4").read_bytes()[:900])
+        assert refused(desk, tiny, tmp_path, tmp_path / "c.mp4").startswith("c.mp4: is damaged, or no film")
+        several = refused(desk, tiny, tmp_path, tmp_path / "whole.mp4", secret)
+        assert several == "whole.mp4: upload a film alone, without other files"
+        desk.limits = Limits(voxels=5000)
+        assert "voxels are more than the 5,000" in refused(desk, tiny, tmp_path, tmp_path / "whole.mp4")
+        desk.limits = Limits(files=3)
+        assert "whole.mp4, frame by frame: 4 files, at most 3" in refused(desk, tiny, tmp_path, tmp_path / "whole.mp4")
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        line = refused(desk, tiny, tmp_path, tmp_path / "whole.mp4")
+        assert line.startswith("whole.mp4: films need PyAV: pip install 'sam-trainer[demo]'")
 
     def test_damage_and_strangers(self, tiny: Answering, desk: Desk, tmp_path: Path) -> None:
         for name, content, words in (

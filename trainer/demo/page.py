@@ -65,7 +65,7 @@ class Page:
         self.files = gr.File(label="Image, volume or video", file_count="multiple", height=150, elem_id="files")
         gr.HTML(
             f'<p class="small">PNG, JPEG, TIFF · NIfTI, NRRD, MetaImage, npz · a DICOM series as files or zip · a '
-            f"video as frames or a zip of them. At most {most}.</p>"
+            f"video, as a film or its frames. At most {most}.</p>"
         )
         self.examples = [(name, path, gr.Button(name, size="sm")) for name, path in examples()]
 
@@ -245,9 +245,7 @@ class Page:
     def _shown(self, update: Update) -> list[Any]:
         """Values of `shown`."""
         case = update.case
-        if not update.whole:
-            return [gr.skip(), gr.skip(), status(update), gr.skip()]
-        if case is None:
+        if not update.whole or case is None:
             return [gr.skip(), gr.skip(), status(update), gr.skip()]
         with case.lock:
             if case.closed:

@@ -22,16 +22,12 @@ from data_shards.readers.base import reader_for
 from data_shards.readers.dicom import read_dicom
 from data_shards.readers.dicom_files import SUFFIXES, has_preamble, headers_of
 from data_shards.readers.images import read_images
+from trainer.demo.films import frames_of, is_film
 from trainer.demo.limits import Limits, check_declared
 
 PICKLES = (".npy", ".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".bin", ".safetensors", ".onnx")
-FILMS = (".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
 _HEADERS = (".nhdr", ".mhd")
 """Headers whose values lie in another file, which is uploaded with them."""
-_LINE_FILM = (
-    "films are not read here: save the frames as pictures (ffmpeg -i film.mp4 frame%05d.png) and upload these, or a "
-    "zip of them"
-)
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ def take_in(files: Sequence[Path], folder: Path, limits: Limits) -> Upload:
     """Copy what was uploaded, and see what it is.
 
     Args:
-        files: One image or volume; several slices of DICOM, or frames; or a zip of these.
+        files: One image, volume or film; several slices of DICOM, or frames; or a zip of these.
         folder: An empty one, of this visitor alone.
         limits: What is allowed.
 
@@ -77,6 +73,11 @@ def take_in(files: Sequence[Path], folder: Path, limits: Limits) -> Upload:
         names = _distinct([file.name for file in files])
         kept = [Path(shutil.copyfile(file, folder / name)) for file, name in zip(files, names, strict=True)]
     kept = [_unpacked(file, limits) for file in kept]
+    films = [file for file in kept if is_film(file.name)]
+    if films and len(kept) > 1:
+        raise UserError(f"{films[0].name}: upload a film alone, without other files")
+    if films:
+        kept = frames_of(films[0], limits)
     limits.check_bytes(sum(file.stat().st_size for file in kept), f"{files[0].name}, unpacked")
     check_declared(kept, limits)
     found = _found(kept, folder)
@@ -94,8 +95,6 @@ def _called(files: Sequence[Path]) -> str:
 
 def _check_name(name: str) -> None:
     """Raise a `UserError` for what is not read, with the reason where there is one."""
-    if name.lower().endswith(FILMS):
-        raise UserError(f"{name}: {_LINE_FILM}")
     if name.lower().endswith(PICKLES):
         raise UserError(f"{name}: is no image: files that may hold pickles or weights are not opened; save a .nii.gz")
 
