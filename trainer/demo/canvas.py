@@ -41,6 +41,7 @@ button:hover { background: var(--background-fill-secondary); }
 button[aria-checked="true"] { background: var(--demo-accent); color: var(--demo-on-accent); }
 button:focus-visible, canvas:focus-visible, input:focus-visible { outline: 3px solid var(--demo-accent);
   outline-offset: 2px; }
+canvas:focus-visible { outline-offset: -3px; }
 .tools button:focus-visible { outline-offset: -3px; outline-color: var(--body-text-color); }
 .fade { margin-left: auto; display: inline-flex; gap: 8px; align-items: center; font-size: 14px; }
 .fade input { width: 110px; accent-color: var(--demo-accent); }
