@@ -5,12 +5,10 @@ A recipe may name classes only from allowed packages: whoever sends a recipe doe
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import inspect
 import itertools
-import operator
 import pydoc
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -278,10 +276,10 @@ def refuse_empty(recipes: list[str], known: Callable[[str], bool], keys: set[str
     contents = [yaml.safe_load(Path(recipe).read_text()) for recipe in recipes]
     for number, (recipe, content) in enumerate(zip(recipes, contents, strict=True)):
         later = {key for other in contents[number + 1 :] for key in dotted_keys(other)}
-        for key in dotted_keys(content):
-            places = list(itertools.accumulate(parts := key.split("."), "{}.{}".format))
+        for key in _empty(content or {}):
+            places = list(itertools.accumulate(key.split("."), "{}.{}".format))
             gone = any(f"{place}.class_path" in later for place in places)  # the class that had it, perhaps
-            if functools.reduce(operator.getitem, parts, content) != {} or parts[0] == "cluster" or known(key) or gone:
+            if places[0] == "cluster" or known(key) or gone:
                 continue
             place = next(place for place in places if not known(place))
             parent, _, last = place.rpartition(".")
@@ -290,9 +288,7 @@ def refuse_empty(recipes: list[str], known: Callable[[str], bool], keys: set[str
 
 
 _WORDS = {
-    "<class '": "",
-    "'>": "",
-    "typing.": "",
+    **dict.fromkeys(("<class '", "'>", "typing."), ""),
     "Expected a collections.abc.Sequence": "Expected a list",
     "Expected a collections.abc.Mapping": "Expected names with values",
     "Expected a int": "Expected an int",
@@ -311,6 +307,13 @@ def _plain(text: str) -> str:
         known = words[1].replace("'", "").split(", ")
         return f"there is no '{named[1]}'{nearest(named[1], known)}"
     return f"there is no class '{named[1]}'{nearest_class(named[1])}" if named else text
+
+
+def _empty(node: Mapping[str, Any], key: str = "") -> Iterator[str]:
+    """Dotted keys with nothing below them; a class may well be given no arguments."""
+    for name, child in node.items():
+        if isinstance(child, Mapping) and not (name == "init_args" and not child and "class_path" in node):
+            yield from _empty(child, f"{key}{name}.") if child else [f"{key}{name}"]
 
 
 def _children(keys: set[str], parent: str) -> set[str]:
@@ -337,10 +340,8 @@ def flat(node: Any, key: str = "") -> dict[str, Any]:
         items = [(str(number), child) for number, child in enumerate(node)]
     else:
         return {key: node}
-    found: dict[str, Any] = {}
-    for name, child in items:
-        found |= flat(child, f"{key}.{name}" if key else name)
-    return found
+    parts = (flat(child, f"{key}.{name}" if key else name) for name, child in items)
+    return {place: value for part in parts for place, value in part.items()}
 
 
 def dotted_keys(node: Any, key: str = "") -> Iterator[str]:
