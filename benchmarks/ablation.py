@@ -44,7 +44,7 @@ from typing import Any
 
 import torch
 import yaml
-from samples import finish, say
+from measuring import finish, say
 
 from data_shards.build import build
 from data_shards.dataset import ShardDataset

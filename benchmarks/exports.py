@@ -43,8 +43,9 @@ from typing import Any
 
 import torch
 import yaml
+from measuring import finish, say
 from sam3_step import TINY
-from samples import encoded, finish, say, slices, write_shards
+from samples import encoded, slices, write_shards
 
 from data_shards.errors import UserError
 from trainer.cli import main as trainer_command

@@ -237,7 +237,7 @@ def in_fresh_process(what: str, folder: Path, repeats: int) -> dict[str, float]:
 
 def measure(folder: Path, repeats: int) -> dict[str, Any]:
     """Return the figures of the result."""
-    from samples import say
+    from measuring import say
 
     found: dict[str, float] = {}
     for what in MEASURES:
@@ -273,7 +273,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--measure"]:  # one of the fresh processes
         print(json.dumps(MEASURES[sys.argv[2]](Path(sys.argv[3]))))
         return
-    from samples import arguments, finish, say
+    from measuring import arguments, finish, say
 
     values = arguments(__doc__, samples=1_000_000, repeats=0)
     with tempfile.TemporaryDirectory() as name:

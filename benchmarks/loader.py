@@ -43,21 +43,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import arguments, finish, medians, say
 from PIL import Image
 from readers import BATCH, SHARDS, epochs, measure, report
-from samples import (
-    CODECS,
-    NOISE,
-    arguments,
-    encoded,
-    finish,
-    medians,
-    say,
-    slices,
-    targets_of,
-    write_reference,
-    write_shards,
-)
+from samples import CODECS, NOISE, encoded, slices, targets_of, write_reference, write_shards
 from torch.utils.data import DataLoader, Dataset
 
 from data_shards.dataset import ShardDataset

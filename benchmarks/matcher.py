@@ -26,17 +26,15 @@ The last line is one JSON object:
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from samples import arguments, finish, medians
+from measuring import arguments, finish, medians
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from trainer.losses import (
     FactoredMasks,
@@ -48,6 +46,7 @@ from trainer.losses import (
 )
 from trainer.losses.boxes import overlap
 from trainer.losses.matching import match, upload
+from trainer.waits import waits_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MATCHER, MANY = HungarianMatcher(), OneToManyMatcher()
@@ -175,55 +174,6 @@ def padded_boxes(targets: ObjectSets) -> Tensor:
     return padded
 
 
-class Calls(TorchFunctionMode):
-    """Counts calls that would wait for a GPU."""
-
-    READS = frozenset(
-        {
-            Tensor.cpu,
-            Tensor.item,
-            Tensor.tolist,
-            Tensor.nonzero,
-            torch.nonzero,
-            Tensor.masked_select,
-            torch.masked_select,
-        }
-        | {Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.unique, torch.unique}
-    )
-    UPLOADS = frozenset({torch.tensor, torch.as_tensor})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        by_mask = func is Tensor.__getitem__ and any(
-            isinstance(part, Tensor) and part.dtype == torch.bool
-            for part in (args[1] if isinstance(args[1], tuple) else (args[1],))
-        )
-        moved = any(isinstance(part, torch.device | str) for part in (*args[1:], kwargs.get("device")))
-        slow = func is Tensor.to and moved and not kwargs.get("non_blocking")
-        self.count += by_mask or slow or func in self.READS or (func in self.UPLOADS and "device" in kwargs)
-        return func(*args, **kwargs)
-
-
-def syncs(run: Callable[[], Any]) -> int:
-    """How often something waits for the device."""
-    if DEVICE.type == "cpu":
-        with Calls() as calls:
-            run()
-        return calls.count
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
-
-
 def step(run: Callable[[], Any]) -> int:
     """One step, to its end on the device."""
     run()
@@ -264,8 +214,8 @@ def main() -> None:
         )
         key = str(number)
         milliseconds[key] = {name: 1000 / rate for name, rate in rates.items()}
-        waits[key] = {name: syncs(run) for name, run in ways.items()}
-        loss_syncs[key] = syncs(functools.partial(loss_step, loss, prediction, targets))
+        waits[key] = {name: len(waits_of(run, DEVICE)) for name, run in ways.items()}
+        loss_syncs[key] = len(waits_of(functools.partial(loss_step, loss, prediction, targets), DEVICE))
         for name in ways:
             print(f"{number:7}  {name:10} {milliseconds[key][name]:10.2f} {waits[key][name]:7}", flush=True)
         print(f"{number:7}  whole loss            {loss_syncs[key]:7}", flush=True)

@@ -24,8 +24,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from measuring import arguments, finish, medians
 from monai.metrics import compute_surface_dice
-from samples import arguments, finish, medians, slices
+from samples import slices
 from scipy.ndimage import binary_erosion
 from surface_distance import compute_surface_dice_at_tolerance, compute_surface_distances
 

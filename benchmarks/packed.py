@@ -25,7 +25,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from samples import arguments, finish, medians
+from measuring import arguments, finish, medians
 
 from data_shards.batch import TripletBatch
 from data_shards.triplet import Provenance

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from samples import finish, say
+from measuring import finish, say
 
 from trainer.models import MedSAM
 from trainer.modules import MedSAMModule

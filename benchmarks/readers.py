@@ -43,9 +43,10 @@ from typing import Any
 import numpy as np
 import torch
 import zstandard
+from measuring import arguments, finish, medians, say
 from PIL import Image
 from pycocotools import mask as coco_mask
-from samples import arguments, encoded, finish, medians, say, slices, write_shards
+from samples import encoded, slices, write_shards
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data_shards.dataset import ShardDataset

@@ -36,7 +36,7 @@ import nibabel
 import numpy as np
 import torch
 import yaml
-from samples import finish, say
+from measuring import finish, say
 
 from data_shards.build import build
 from data_shards.dataset import ShardDataset

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from samples import arguments, finish
+from measuring import arguments, finish
 
 from data_shards.batch import TripletBatch
 from data_shards.triplet import Provenance

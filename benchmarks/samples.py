@@ -25,19 +25,18 @@ compared with is, if anything, the faster for it.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import nibabel
 import numpy as np
+from measuring import arguments, finish
 from PIL import Image
 from scipy import ndimage
 
@@ -45,8 +44,6 @@ from data_shards.codecs import Codec
 from data_shards.scan import write_index
 from data_shards.triplet import Provenance, Target, Triplet
 from data_shards.writer import ShardWriter
-
-Name = TypeVar("Name")
 
 NOISE = 3.0
 """Standard deviation of the noise in grey levels."""
@@ -164,55 +161,6 @@ def write_reference(folder: Path, sources: Sequence[Slice], count: int) -> Path:
             data = (folder / name / f"{number % len(sources):05d}.png").read_bytes()
             (folder / name / f"{number:05d}.png").write_bytes(data)
     return folder
-
-
-# --- what all benchmarks share
-
-
-def arguments(doc: str | None, **defaults: int) -> argparse.Namespace:
-    """Read the command line: `--quick`, and sizes for tests that no user needs."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smaller, under a minute on two cores")
-    for name, value in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def medians(runs: Mapping[Name, Callable[[], int]], repeats: int) -> dict[Name, float]:
-    """Return samples a second by name: medians over rounds that run all in turn, after one round to warm up.
-
-    Args:
-        runs: What reads samples and returns how many; what slows the machine down for a while hits all alike.
-        repeats: Rounds that count.
-    """
-    rates: dict[Name, list[float]] = {name: [] for name in runs}
-    for round_ in range(repeats + 1):
-        say(f"round {round_} of {repeats}" if round_ else "warming up")
-        for name, run in runs.items():
-            start = time.perf_counter()
-            count = run()
-            if round_:
-                rates[name].append(count / (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in rates.items()}
-
-
-def say(text: str) -> None:
-    """Print a line on stderr: what is being done."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def rounded(value: Any) -> Any:
-    """Return figures with four digits that mean something."""
-    if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def finish(result: dict[str, Any]) -> None:
-    """Print the last line."""
-    print(json.dumps(rounded(result), allow_nan=False), flush=True)
 
 
 def main() -> None:

@@ -46,9 +46,9 @@ from typing import Any
 import torch
 import torch.multiprocessing
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from measuring import finish, say
 from projection import add_options, projected
 from sam3_step import batch_of
-from samples import finish, say
 from torch.utils.data import DataLoader
 
 from data_shards.batch import TripletBatch

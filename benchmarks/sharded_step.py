@@ -68,8 +68,8 @@ import torch.multiprocessing
 from index import peak_mb
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from measuring import finish, rounded, say
 from sam3_step import TINY, batch_of
-from samples import finish, rounded, say
 from scaling import Same, free_port
 
 from data_shards.batch import TripletBatch

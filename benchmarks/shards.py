@@ -25,7 +25,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import yaml
-from samples import arguments, finish, say
+from measuring import arguments, finish, say
 from scipy import ndimage
 
 from data_shards.build import build

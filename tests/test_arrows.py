@@ -37,7 +37,7 @@ TRAINER_LAYERS = (
     ("trainer.recipe",),
     ("trainer.presence", "trainer.cluster"),
     ("trainer.scores",),
-    ("trainer.run", "trainer.quiet", "trainer.version", "trainer.hardware"),
+    ("trainer.run", "trainer.quiet", "trainer.version", "trainer.hardware", "trainer.waits"),
     ("trainer",),
 )
 DATA_LAYERS = (
