@@ -150,7 +150,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text, whole or not at all: what was there stays if the disk is full, or the run is killed."""
     temporary = path.with_name(path.name + ".tmp")
     with naming(path):
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
 
 

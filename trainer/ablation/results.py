@@ -13,7 +13,8 @@ import numpy as np
 
 from trainer.ablation.cells import FROM_SCRATCH, Cell
 from trainer.ablation.running import Standing, evaluation, standing
-from trainer.report.curves import read_curves
+from trainer.report import curves
+from trainer.report.data import bytes_of
 from trainer.report.records import Jitter, read_jitter, read_record, read_stages
 from trainer.report.statistics import bootstrap_ci95, compare, holm
 from trainer.scores import CaseScore, grouped, pair, read_scores, values_of, write_table
@@ -79,26 +80,16 @@ def read_result(cell: Cell) -> Result:
     )
     if not cell.tuned:
         return result
-    curves = read_curves(run.root / "logs")
-    memory = curves.get("train/gpu_memory_gib") or curves.get("train/cpu_memory_gib") or {}
-    rates = list(curves.get("train/images_per_second", {}).values())[1:]
+    logged = curves.read_curves(run.root / "logs")
     return replace(
         result,
         learning=(record.get("model") or {}).get("trainable", cell.learning),
-        memory_gib=max(memory.values(), default=None),
-        on_gpu="train/gpu_memory_gib" in curves,
-        images_per_second=float(np.median(rates)) if rates else None,
+        memory_gib=curves.peak_memory_gib(logged),
+        on_gpu=curves.on_gpu(logged),
+        images_per_second=curves.images_per_second(logged),
         fit_seconds=read_stages(run.stages).get("fit"),
-        checkpoint_bytes=_size(run.newest_checkpoint()),
+        checkpoint_bytes=bytes_of(run.newest_checkpoint()),
     )
-
-
-def _size(path: Path | None) -> int | None:
-    """Bytes of a checkpoint: a file, or a folder of them."""
-    if path is None:
-        return None
-    path = path.resolve()
-    return sum(one.stat().st_size for one in path.rglob("*") if one.is_file()) if path.is_dir() else path.stat().st_size
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from trainer.evaluation import page, tables, text
 from trainer.evaluation.absent import absent_summary
 from trainer.evaluation.curves import noise_summary
@@ -16,7 +14,7 @@ from trainer.evaluation.sizes import size_summary
 from trainer.evaluation.tables import Line, Section
 from trainer.evaluation.told import finite
 from trainer.report.panels import load_panels
-from trainer.run import write_json
+from trainer.run import write_json, write_whole
 
 
 def write_results(evaluation: Evaluation) -> list[Section]:
@@ -40,11 +38,11 @@ def write_results(evaluation: Evaluation) -> list[Section]:
     write_json(out / "summary.json", head | finite(content))
     name = ", ".join(loaded.models) if loaded.path == COMMAND else loaded.path.stem
     by = loaded.protocol.by
-    _write(out / "summary.md", text.markdown(name, loaded.question, sections, left_out, by))
-    _write(out / "protocol.yaml", loaded.text)
+    write_whole(out / "summary.md", text.markdown(name, loaded.question, sections, left_out, by))
+    write_whole(out / "protocol.yaml", loaded.text)
     pictures = _figures(evaluation)
     found = page.render(name, loaded.question, loaded.caveat, sections, pictures, left_out, loaded.text, by)
-    _write(out / "report.html", found)
+    write_whole(out / "report.html", found)
     return sections
 
 
@@ -85,10 +83,3 @@ def _figures(evaluation: Evaluation) -> list[page.Figure]:
             sides = [(who, load_panels(path)[0]) for who, path in paths if path.is_file()]
             figures.append((one.spec.title, sides))
     return figures
-
-
-def _write(path: Path, content: str) -> None:
-    """Write a text, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)

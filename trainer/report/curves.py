@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.report.tables import Row, read_rows
@@ -41,6 +43,23 @@ def read_curves(logs: Path) -> dict[str, Curve]:
     # Lightning gives a validation the number of the last step before it; elsewhere it has the number of steps taken
     later = {name: int(name.startswith("val/")) for name in merged}
     return {name: {s + later[name]: v for s, v in sorted(curve.items())} for name, curve in merged.items() if curve}
+
+
+def images_per_second(curves: Mapping[str, Curve]) -> float | None:
+    """Median of what was logged, without the first, which includes the warm-up."""
+    rates = list(curves.get("train/images_per_second", {}).values())[1:]
+    return float(statistics.median(rates)) if rates else None
+
+
+def peak_memory_gib(curves: Mapping[str, Curve]) -> float | None:
+    """Most memory of a training: of tensors on a GPU, or else of the whole process; see `on_gpu`."""
+    found = curves.get("train/gpu_memory_gib") or curves.get("train/cpu_memory_gib") or {}
+    return max(found.values(), default=None)
+
+
+def on_gpu(curves: Mapping[str, Curve]) -> bool:
+    """Whether the memory of a GPU was logged."""
+    return "train/gpu_memory_gib" in curves
 
 
 def _number(version: Path) -> tuple[int, str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from data_shards.errors import UserError
 from data_shards.splits import EXTERNAL
+from trainer.report import curves
 from trainer.report.curves import Curve, read_curves
 from trainer.report.panels import Panel, load_panels
 from trainer.report.records import (
@@ -165,18 +166,16 @@ class RunData:
 
     def images_per_second(self) -> float | None:
         """Median of what was logged, without the first, which includes the warm-up."""
-        rates = list(self.curves.get("train/images_per_second", {}).values())[1:]
-        return float(np.median(rates)) if rates else None
+        return curves.images_per_second(self.curves)
 
     def peak_memory_gib(self) -> float | None:
         """Most memory of the training: of tensors on a GPU, or else of the whole process; see `on_gpu`."""
-        found = self.curves.get("train/gpu_memory_gib") or self.curves.get("train/cpu_memory_gib") or {}
-        return max(found.values(), default=None)
+        return curves.peak_memory_gib(self.curves)
 
     def on_gpu(self) -> bool:
         """Whether it was trained on GPUs, as far as was recorded."""
         hardware = str(self.record.get("hardware") or "")
-        return "train/gpu_memory_gib" in self.curves or bool(re.match(r"\d+ × ", hardware))
+        return curves.on_gpu(self.curves) or bool(re.match(r"\d+ × ", hardware))
 
     def device_hours(self) -> float | None:
         """Devices × hours of the training with its validations, over all attempts; None where one is not known."""
