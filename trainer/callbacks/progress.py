@@ -9,6 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+READ_EVERY = 1.0
+"""Seconds between two readings of what was logged, at least: each makes the training wait for its device."""
+
 
 class TrainingClock:
     """What is left of a run, from the steps done since it started or was resumed."""
@@ -55,6 +58,7 @@ class RunBar(ProgressBar):
         self._clock = TrainingClock()
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._shown, self._read = "", -READ_EVERY
 
     def disable(self) -> None:
         """Show nothing; Lightning calls this on all ranks but the first."""
@@ -84,8 +88,11 @@ class RunBar(ProgressBar):
         self._open("train", TrainingClock.total_steps(trainer) or None, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Move on by whole optimiser steps."""
-        self._move("train", trainer.global_step, self._clock.status(trainer))
+        """Move on by whole optimiser steps; the figures follow once a second, and at the end."""
+        now, last = time.perf_counter(), trainer.global_step == TrainingClock.total_steps(trainer)
+        if last or now - self._read >= READ_EVERY:
+            self._shown, self._read = self._clock.status(trainer), now
+        self._move("train", trainer.global_step, self._shown)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a bar below that of the training."""

@@ -88,11 +88,7 @@ class Preprocessing:
             size = self.input_size(*stack.shape[-2:])
             native = (stack[:, None] != 0).float()
             resized = F.interpolate(native, size, mode="nearest-exact")
-            # a target between the sampled pixels would be gone, and its box be trained to hold nothing
-            lost = (resized.flatten(1).amax(1) == 0) & (native.flatten(1).amax(1) > 0)
-            if lost.any():
-                resized[lost] = F.adaptive_max_pool2d(native[lost], size)
-            return self._pad(resized)[:, 0]
+            return self._pad(with_lost(resized, native, wait=native.device.type == "cpu"))[:, 0]
 
         return _by_size([mask.to(device) for mask in masks], prepare)
 
@@ -168,7 +164,7 @@ class Preprocessing:
         if self.scaling == "centred":
             return 2 * scaled - 1
         if self.scaling == "mean_std":
-            mean, std = (scaled.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
+            mean, std = (torch.tensor(values)[:, None, None].to(scaled, non_blocking=True) for values in (_MEAN, _STD))
             return (scaled - mean) / std
         return scaled
 
@@ -187,6 +183,25 @@ def _standardised(images: Tensor) -> Tensor:
     # resizing and the mean round: that much deviation is not the image's own and must not be blown up
     rounding = _ROUNDING * images.abs().amax((1, 2, 3), keepdim=True)
     return torch.where(deviation > rounding, (images - mean) / deviation.clamp(min=1e-30), 0)
+
+
+def with_lost(resized: Tensor, native: Tensor, wait: bool) -> Tensor:
+    """Give a pixel to each mask that lost all of its own: its box would be trained to hold nothing.
+
+    Args:
+        resized: (Q, 1, h, w) of 0 and 1, the nearest pixels of the native masks.
+        native: (Q, 1, H, W) of 0 and 1.
+        wait: Ask which masks are lost, and compute for these alone; else for all, and the device is not waited for.
+    """
+    size = (resized.shape[-2], resized.shape[-1])
+    if size[0] >= native.shape[-2] and size[1] >= native.shape[-1]:  # enlarged, every pixel is sampled
+        return resized
+    lost = (resized.flatten(1).amax(1) == 0) & (native.flatten(1).amax(1) > 0)
+    if not wait:
+        return torch.where(lost[:, None, None, None], F.adaptive_max_pool2d(native, size), resized)
+    if lost.any():
+        resized[lost] = F.adaptive_max_pool2d(native[lost], size)
+    return resized
 
 
 def _by_size(tensors: Sequence[Tensor], prepare: Callable[[Tensor], Tensor]) -> Tensor:

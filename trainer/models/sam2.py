@@ -376,7 +376,7 @@ def _as_points(prompts: Prompts) -> tuple[Tensor, Tensor] | None:
     points, labels = [], []
     if prompts.boxes is not None:
         points.append(prompts.boxes.float().unflatten(1, (2, 2)))
-        labels.append(torch.tensor([2, 3], device=prompts.boxes.device).expand(len(prompts), 2))
+        labels.append(torch.arange(2, 4, device=prompts.boxes.device).expand(len(prompts), 2))
     if prompts.points is not None and prompts.labels is not None:
         points.append(prompts.points.float())
         labels.append(prompts.labels)

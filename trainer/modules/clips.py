@@ -114,7 +114,15 @@ def followed(batch: TripletBatch, preprocessing: Preprocessing, mask_side: int, 
     ]
     first = torch.tensor([some[anchors[clip]] for (clip, _), some in places.items()], dtype=torch.int64)
     return Followed(
-        clip_of, anchors, image, rows, masks[rows.to(masks.device)], boxes[rows], sizes[first], drawn, mask_side
+        clip_of,
+        anchors,
+        image,
+        rows,
+        masks[rows.to(masks.device, non_blocking=True)],
+        boxes[rows],
+        sizes[first],
+        drawn,
+        mask_side,
     )
 
 

@@ -5,6 +5,7 @@ Shapes: B images, Q targets, S the model's input side, h w the decoder's mask si
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -35,9 +36,15 @@ def per_image_mean(values: Tensor, image_index: Tensor, images: float | None = N
         images: By how many images the sum over them is divided (`TripletBatch.counted`), so that the mean over all
             passes of a step is the mean over all of its images; by the number of those here if null.
     """
+    return per_image_means({"": values}, image_index, images)[""]
+
+
+def per_image_means(parts: Mapping[str, Tensor], image_index: Tensor, images: float | None = None) -> dict[str, Tensor]:
+    """`per_image_mean` of several values (Q,), by name; where the index is on the CPU, the device is not waited for."""
     _, image, counts = image_index.unique(return_inverse=True, return_counts=True)
     weights = 1 / (counts[image] * (len(counts) if images is None else images))
-    return (values * weights.to(values)).sum()
+    there = weights.to(next(iter(parts.values())), non_blocking=True)
+    return {name: (values * there.to(values.dtype)).sum() for name, values in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -232,9 +239,11 @@ class MedSAMModule(TunedModule):
         """Decode prompts of several forms, and put the answers in the order of the batch's targets."""
         asked = [prompts.to(self.device) for prompts in asked]
         parts = [self.model.decode(features, prompts) for prompts in asked]
-        order = torch.cat([torch.arange(count) if prompts.rows is None else prompts.rows for prompts in asked])
-        back = order.argsort().to(self.device)
-        logits, scores = (torch.cat([part[place][:, 0] for part in parts])[back] for place in (0, 1))
+        logits, scores = (torch.cat([part[place][:, 0] for part in parts]) for place in (0, 1))
+        order = torch.cat([prompts.rows for prompts in asked if prompts.rows is not None] or [torch.arange(0)])
+        if len(order) and not torch.equal(order, torch.arange(count)):  # on the host; none in a rehearsal
+            back = order.argsort().to(self.device, non_blocking=True)
+            logits, scores = logits[back], scores[back]
         return Answer(asked, logits, scores)
 
     def _enlarged(self, answer: Answer) -> Answer:
@@ -245,7 +254,7 @@ class MedSAMModule(TunedModule):
     def _losses(self, answer: Answer, truth: Truth, images: float | None = None) -> dict[str, Tensor]:
         """What an enlarged answer costs, averaged over targets and so many images."""
         parts = self._target_losses(answer, truth.masks)
-        return {name: per_image_mean(value, truth.image_index, images) for name, value in parts.items()}
+        return per_image_means(parts, truth.image_index, images)
 
     def _target_losses(self, answer: Answer, masks: Tensor) -> dict[str, Tensor]:
         """What an enlarged answer costs for each target: (Q,) each."""

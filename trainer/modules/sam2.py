@@ -24,7 +24,7 @@ from trainer.modules.answering import AnsweringModule
 from trainer.modules.augmentation import ClipAugmentation
 from trainer.modules.clicked import Clicked, gives_masks, made_up_click, not_given, only, patched, spread
 from trainer.modules.clips import NUMBERS, Followed, clip_draws, followed, found_dsc, rows_of, smaller, with_absences
-from trainer.modules.medsam import per_image_mean
+from trainer.modules.medsam import per_image_means
 from trainer.modules.optimization import RateSchedule, Schedule
 from trainer.modules.scoring import Prediction
 from trainer.prompts import BoxPrompts, GivenMaskPrompts, Prompter, Prompts, prompts_of_targets
@@ -214,7 +214,7 @@ class SAM2Module(AnsweringModule):
         """Losses by name, averaged over so many clips, and what is shown of them."""
         clips = torch.cat([group.clip for group, _, _ in groups])
         parts = {name: torch.cat([costs[name] for _, _, costs in groups]) for name in groups[0][2]}
-        losses = {name: per_image_mean(value, clips, count) for name, value in parts.items()}
+        losses = per_image_means(parts, clips, count)
         shown = {f"train/{name}": value.detach() for name, value in losses.items()}
         with torch.no_grad():
             shown["train/dsc"] = found_dsc(groups)

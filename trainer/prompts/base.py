@@ -47,9 +47,9 @@ class Prompts:
         return len(self.image_index)
 
     def to(self, device: torch.device | str) -> Prompts:
-        """Move what the decoder takes."""
-        moved = {name: tensor.to(device) for name in _DECODED if (tensor := getattr(self, name)) is not None}
-        return replace(self, **moved)
+        """Move what the decoder takes, without waiting for the device that it is moved to."""
+        there = {name: tensor for name in _DECODED if (tensor := getattr(self, name)) is not None}
+        return replace(self, **{name: to_device(tensor, device) for name, tensor in there.items()})
 
     def subset(self, places: Tensor) -> Prompts:
         """Those at some places (N,) of these, int64 on the CPU."""
@@ -153,6 +153,11 @@ def _joined(parts: Sequence[Prompts]) -> Prompts:
     whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     rows = torch.cat([torch.arange(len(part)) if part.rows is None else part.rows for part in parts])
     return Prompts(**whole, rows=rows).subset(rows.argsort())
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Move a tensor to a GPU without waiting; towards a CPU with, since its values would not be there yet."""
+    return tensor.to(device, non_blocking=torch.device(device).type != "cpu")
 
 
 def _take(tensor: Tensor, places: Tensor) -> Tensor:
