@@ -1,4 +1,4 @@
-"""Fetching the next item while one is used."""
+"""Fetching the next item while one is used, and taking it to the GPU meanwhile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import threading
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+import torch
+
+from data_shards.batch import TripletBatch
+
 T = TypeVar("T")
+Sent = tuple[TripletBatch, torch.cuda.Event]
+"""A batch on its way, and what the device notes when it has arrived."""
 
 _POLL = 0.1
 """Seconds after which a thread that waits looks whether it is still wanted."""
@@ -63,3 +69,31 @@ class OneAhead(Generic[T]):
                     continue
             if found[1] is not None:
                 return
+
+
+class Ferry:
+    """Takes batches to a GPU on a stream of its own, so that a batch is copied while the device works on another.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def send(self, batch: TripletBatch) -> Sent:
+        """Pin a batch and begin to copy it, in any thread; nothing waits."""
+        with torch.cuda.stream(self._stream):  # makes the GPU this thread's own, too
+            there = batch.pin_memory().to(self.device, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(self._stream)
+        return there, arrived
+
+    def receive(self, sent: Sent) -> TripletBatch:
+        """Hand a batch to the stream that trains: the device waits for it if it must, this thread does not."""
+        there, arrived = sent
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(arrived)
+        there.record_stream(stream)
+        return there

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from data_shards.triplet import Provenance, Target, Triplet
 
@@ -107,17 +108,34 @@ class TripletBatch:
         return [(*who, repeat) if repeat else who for who, repeat in zip(self.identities, repeats, strict=True)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TripletBatch:
-        """Move images and masks; what is small and indexed by Python stays on the CPU."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
-        return replace(self, images=[move(image) for image in self.images], masks=[move(mask) for mask in self.masks])
+        """Move images and masks, in one copy; what is small and indexed by Python stays on the CPU."""
+        tensors, place = [*self.images, *self.masks], torch.device(device)
+        if all(_is_on(tensor, place) for tensor in tensors):
+            return replace(self)
+        block, places = _block_of(tensors)
+        return self._in(block.to(place, non_blocking=non_blocking), places)
 
     def pin_memory(self) -> TripletBatch:
-        """Pin what `to` moves."""
-        images, masks = ([tensor.pin_memory() for tensor in tensors] for tensors in (self.images, self.masks))
-        return replace(self, images=images, masks=masks)
+        """Pin what `to` moves, as one block: its copy to a GPU need not be waited for."""
+        tensors = [*self.images, *self.masks]
+        found = _one_block(tensors)
+        if found is None:
+            return self._in(*_pack(tensors, pinned=True))
+        return self._in(found[0].pin_memory(), found[1])
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Say that a stream uses what lies on a GPU: the memory is given to nobody else before it has done so."""
+        seen: set[int] = set()
+        for tensor in (*self.images, *self.masks):
+            storage = tensor.untyped_storage()._cdata
+            if tensor.device.type != "cpu" and storage not in seen:
+                seen.add(storage)
+                tensor.record_stream(stream)
+
+    def _in(self, block: Tensor, places: Sequence[_Place]) -> TripletBatch:
+        """The batch with its images and masks as a block has them."""
+        views = _views(block, places)
+        return replace(self, images=views[: len(self.images)], masks=views[len(self.images) :])
 
     def by_term(self) -> TripletBatch:
         """The batch with each term of an image as one target, all of it: image by image, in order of appearance.
@@ -161,7 +179,7 @@ class TripletBatch:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         tensors = [*values.pop("images"), *values.pop("masks")]
         small = {name: value.detach().cpu().numpy() for name, value in values.items() if isinstance(value, Tensor)}
-        return _unpack, (*_pack(tensors), len(self.images), {**values, **small}, tuple(small))
+        return _unpack, (*_block_of(tensors), len(self.images), {**values, **small}, tuple(small))
 
 
 @dataclass(frozen=True)
@@ -250,28 +268,66 @@ def _around(boxes: Tensor) -> Tensor:
     return torch.cat([boxes[:, :2].amin(dim=0), boxes[:, 2:].amax(dim=0)])
 
 
-_Place = tuple[int, torch.dtype, tuple[int, ...]]
-"""Where a tensor lies in a block: first byte, type, shape."""
+_Place = tuple[int, torch.dtype, tuple[int, ...], bool]
+"""Where a tensor lies in a block: first byte, type, shape, and whether it lies there column by column."""
 
 
-def _pack(tensors: Sequence[Tensor]) -> tuple[Tensor, list[_Place]]:
-    """Copy tensors into one block of bytes."""
+def _turned(tensor: Tensor) -> bool:
+    """Whether a tensor lies column by column in memory, as decoded masks do: turning costs more than decoding."""
+    return tensor.ndim == 2 and not tensor.is_contiguous() and tensor.t().is_contiguous()
+
+
+def _is_on(tensor: Tensor, device: torch.device) -> bool:
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+
+
+def _block_of(tensors: Sequence[Tensor]) -> tuple[Tensor, list[_Place]]:
+    """The block of bytes in which tensors lie already, or a new one with copies of them."""
+    return _one_block(tensors) or _pack(tensors)
+
+
+def _one_block(tensors: Sequence[Tensor]) -> tuple[Tensor, list[_Place]] | None:
+    """The block of bytes that some tensors share, whole; None where they lie apart, or it holds much more than them."""
+    if not tensors or len({tensor.untyped_storage()._cdata for tensor in tensors}) > 1:
+        return None
+    size = tensors[0].untyped_storage().nbytes()
+    if size > sum(map(_room, tensors)) or not all(tensor.is_contiguous() or _turned(tensor) for tensor in tensors):
+        return None
+    places = [(int(t.storage_offset()) * t.itemsize, t.dtype, tuple(t.shape), _turned(t)) for t in tensors]
+    first = tensors[0].t() if _turned(tensors[0]) else tensors[0]
+    return first.flatten().view(torch.uint8).as_strided((size,), (1,), 0), places
+
+
+def _room(tensor: Tensor) -> int:
+    """Bytes that a tensor takes in a block."""
+    return -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+
+
+def _pack(tensors: Sequence[Tensor], pinned: bool = False) -> tuple[Tensor, list[_Place]]:
+    """Copy tensors into one block of bytes; in a loader's worker into one that the main process can read."""
     places: list[_Place] = []
     total = 0
     for tensor in tensors:
-        places.append((total, tensor.dtype, tuple(tensor.shape)))
-        total += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
-    block = torch.empty(total, dtype=torch.uint8, device=tensors[0].device if tensors else "cpu")
+        places.append((total, tensor.dtype, tuple(tensor.shape), _turned(tensor)))
+        total += _room(tensor)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    if get_worker_info() is not None and total and device.type == "cpu":  # in other memory it would be copied again
+        shared = torch.UntypedStorage._new_shared(total)
+        block = torch.empty(0, dtype=torch.uint8).set_(shared)
+    else:
+        block = torch.empty(total, dtype=torch.uint8, device=device, pin_memory=pinned and total > 0)
     for view, tensor in zip(_views(block, places), tensors, strict=True):
         view.copy_(tensor)
     return block, places
 
 
 def _views(block: Tensor, places: Sequence[_Place]) -> list[Tensor]:
-    return [
-        block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-        for start, dtype, shape in places
-    ]
+    """The tensors in a block, none of them copied."""
+    views = []
+    for start, dtype, shape, turned in places:
+        flat = block[start : start + math.prod(shape) * dtype.itemsize].view(dtype)
+        views.append(flat.view(shape[::-1]).t() if turned else flat.view(shape))
+    return views
 
 
 def _unpack(

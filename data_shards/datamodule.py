@@ -217,7 +217,7 @@ class TripletDataModule(LightningDataModule):
         self.teardown("")
 
     def transfer_batch_to_device(self, batch: TripletBatch, device: torch.device, dataloader_idx: int) -> TripletBatch:
-        """Move a batch, without waiting for it."""
+        """Move a batch, without waiting for it; one that the loader took there stays as it is."""
         return batch.to(device, non_blocking=True)
 
     def _train_sampler(self) -> GlobalOrderSampler:
@@ -366,8 +366,10 @@ class TripletDataModule(LightningDataModule):
     ) -> TripletLoader:
         if split in self._loaders:  # made anew: the old one's workers end
             self._loaders[split].close()
-        pinned = torch.cuda.is_available()
-        self._loaders[split] = TripletLoader(view, sampler, self.num_workers, pinned, data_hash, self.max_damaged)
+        device = self.trainer.strategy.root_device if self.trainer is not None else None
+        gpu = device if device is not None and device.type == "cuda" else None
+        pinned = torch.cuda.is_available() if device is None else gpu is not None
+        self._loaders[split] = TripletLoader(view, sampler, self.num_workers, pinned, data_hash, self.max_damaged, gpu)
         return self._loaders[split]
 
     def _rank(self) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from data_shards.ahead import OneAhead
+from data_shards.ahead import Ferry, OneAhead, Sent
 from data_shards.batch import TripletBatch, collate
 from data_shards.errors import UserError, counted
 from data_shards.sampler import EvenSampler, GlobalOrderSampler
@@ -27,13 +27,16 @@ class TripletLoader:
     It counts batches as they are handed out: what workers fetched ahead does not count. Its state is a number of
     samples over all ranks, so it does not depend on their number.
 
+    With workers, a thread fetches the next batch while one is used, and takes it to the GPU if there is one.
+
     Args:
         view: The samples.
         sampler: Their order; for training one that is resumable.
         num_workers: Worker processes; 0 reads in the main process.
-        pin_memory: Pin batches for a GPU.
+        pin_memory: Pin batches, each as one block, for a GPU that they are copied to later.
         data_hash: Hash of the data's index; a state of other data is refused.
         max_damaged: Share of an epoch's samples that may be damaged, where the view skips them; more is an error.
+        device: GPU to which workers' batches are copied ahead, on a stream of its own; None yields them on the CPU.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class TripletLoader:
         pin_memory: bool = False,
         data_hash: str = "",
         max_damaged: float = 0.01,
+        device: torch.device | None = None,
     ) -> None:
         self.dataset, self.sampler, self.data_hash, self.max_damaged = view, sampler, data_hash, max_damaged
         self._loader = DataLoader(
@@ -51,7 +55,6 @@ class TripletLoader:
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=partial(collate, frames=view.frames),
-            pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             worker_init_fn=settle,
             generator=torch.Generator(),  # its own: starting workers draws nothing from the global one
@@ -60,7 +63,10 @@ class TripletLoader:
         """Steps after which an epoch ends, where it is known; a resumed run needs the same."""
         self.waited = 0.0
         """Seconds for which batches were waited for, over all epochs."""
-        self._ahead: OneAhead[TripletBatch] | None = None
+        self._pinned = pin_memory
+        self._device = device if num_workers else None
+        self._ferry: Ferry | None = None
+        self._ahead: OneAhead[TripletBatch] | OneAhead[Sent] | None = None
         self._yielded = 0
         self._resume: dict[str, Any] | None = None
 
@@ -112,13 +118,24 @@ class TripletLoader:
     def _timed(self) -> Iterator[TripletBatch]:
         """Yield batches and add up what they are waited for."""
         started = time.perf_counter()
-        batches: Iterable[TripletBatch] = iter(self._loader)
-        if self._loader.num_workers and not self._loader.pin_memory:  # pinning fetches ahead already
-            batches = self._ahead = OneAhead(iter(batches))
-        for batch in batches:
+        for batch in self._batches():
             self.waited += time.perf_counter() - started
             yield batch
             started = time.perf_counter()
+
+    def _batches(self) -> Iterable[TripletBatch]:
+        """What is read, pinned and on the GPU as was asked for; with workers one batch ahead."""
+        found: Iterator[TripletBatch] = iter(self._loader)
+        if self._device is not None:
+            ferry = self._ferry = self._ferry or Ferry(self._device)
+            sent = self._ahead = OneAhead(map(ferry.send, found))
+            return map(ferry.receive, sent)
+        if self._pinned:
+            found = map(TripletBatch.pin_memory, found)
+        if not self._loader.num_workers:
+            return found
+        ahead = self._ahead = OneAhead(found)
+        return ahead
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: plain numbers, safe to save."""

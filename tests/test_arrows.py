@@ -50,7 +50,7 @@ DATA_LAYERS = (
     ("data_shards.blocks",),
     ("data_shards.plan", "data_shards.corpus", "data_shards.loader"),
     ("data_shards.manifest",),
-    ("data_shards.views",),
+    ("data_shards.views", "data_shards.ahead"),
     ("data_shards.batch", "data_shards.sampler", "data_shards.dataset", "data_shards.convert"),
     ("data_shards.scan", "data_shards.order"),
     ("data_shards.drawings", "data_shards.index", "data_shards.foreign", "data_shards.sources"),
@@ -62,7 +62,7 @@ DATA_LAYERS = (
     ("data_shards.readers",),
     ("data_shards.triplet", "data_shards.writer", "data_shards.stage", "data_shards.workers"),
     ("data_shards.codecs", "data_shards.runs", "data_shards.schema", "data_shards.strict", "data_shards.vocabulary"),
-    ("data_shards.progress", "data_shards.seed", "data_shards.display", "data_shards.ahead"),
+    ("data_shards.progress", "data_shards.seed", "data_shards.display"),
     ("data_shards.errors",),
     ("data_shards",),
 )
