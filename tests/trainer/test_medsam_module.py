@@ -110,7 +110,7 @@ def test_every_round_is_learnt_from_alike(batch: TripletBatch) -> None:
     answers = module(batch, epoch=0)
     assert len(answers) == 3
     truth = module._truth(batch)
-    losses = [module._losses(module._enlarged(answer), truth)["loss"] for answer in answers]
+    losses = [module._losses(answer, truth)["loss"] for answer in answers]
     torch.testing.assert_close(loss, sum(losses) / 3)
     assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[1], losses[2])
     assert logged["train/loss"] == loss

@@ -1,7 +1,7 @@
 """Losses: on masks, on the best of several (SAM2), and on sets of objects with their masks (SAM3)."""
 
 from trainer.losses.best_mask import BestMaskLoss
-from trainer.losses.masks import DiceCrossEntropy, resize_logits
+from trainer.losses.masks import DiceCrossEntropy, by_mask, resize_logits
 from trainer.losses.matching import HungarianMatcher, Matches, OneToManyMatcher, Pairs
 from trainer.losses.set_prediction import SetPredictionLoss
 from trainer.losses.sets import DenseMasks, FactoredMasks, ObjectSets, QueryMasks, SetPrediction
@@ -19,5 +19,6 @@ __all__ = [
     "QueryMasks",
     "SetPrediction",
     "SetPredictionLoss",
+    "by_mask",
     "resize_logits",
 ]

@@ -5,6 +5,7 @@ Shapes: Q objects, M masks of each, h w the decoder's mask side, H W that of the
 
 from __future__ import annotations
 
+from functools import partial
 from math import inf
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data_shards.errors import UserError
 from trainer.losses.instance_masks import dice_loss, focal_loss
-from trainer.losses.masks import resize_logits
+from trainer.losses.masks import HELD, by_mask, resize_logits
 
 
 class BestMaskLoss(nn.Module):
@@ -23,7 +24,7 @@ class BestMaskLoss(nn.Module):
     that is not there teaches nothing but its presence. The defaults are those of the released training configuration of
     SAM 2.1, and values and gradients those of its `MultiStepMultiMasksAndIous`. Computed in fp32 whatever the logits'
     dtype; the device is never waited for. No full-size intermediate outlives the call: the best mask is computed again
-    in the backward pass.
+    in the backward pass; of many objects a few are enlarged at a time.
 
     Source: Ravi et al. 2024 (arXiv:2408.00714), appendix, "Losses and optimization".
 
@@ -107,25 +108,26 @@ class BestMaskLoss(nn.Module):
     @torch.no_grad()
     def _best(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Which mask of each object is the best, (Q,), and the IoU of each mask with its target, (Q, M)."""
-        there, costs, overlaps = targets > 0, [], []
-        for masks in logits.unbind(1):
-            masks = resize_logits(masks, (targets.shape[-2], targets.shape[-1]))
-            found = masks > 0
-            shared, either = (pixels.flatten(1).sum(1) for pixels in (found & there, found | there))
-            overlaps.append(shared / either.clamp(min=1))
-            if logits.shape[1] > 1:
-                focal, dice = self._full_size_losses(masks, targets)
-                costs.append(self.focal_weight * focal + self.dice_weight * dice)
-        ious = torch.stack(overlaps, 1)
-        best = torch.stack(costs, 1).argmin(1) if costs else torch.zeros_like(ious[:, 0], dtype=torch.int64)
-        return best, ious
+        compare = partial(self._compared, alone=logits.shape[1] == 1)
+        ious, costs = torch.stack([by_mask(compare, masks, targets) for masks in logits.unbind(1)], 2)
+        return costs.argmin(1), ious
+
+    def _compared(self, logits: Tensor, targets: Tensor, alone: bool) -> Tensor:
+        """IoU of masks (Q, H, W) with their targets, and what they cost, (2, Q); one alone is the best, at any cost."""
+        found, there = logits > 0, targets > 0
+        shared, either = (pixels.flatten(1).sum(1) for pixels in (found & there, found | there))
+        iou = shared / either.clamp(min=1)
+        if alone:
+            return torch.stack([iou, torch.zeros_like(iou)])
+        focal, dice = self._full_size_losses(logits, targets)
+        return torch.stack([iou, self.focal_weight * focal + self.dice_weight * dice])
 
     def _mask_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Focal and Dice loss (Q,) of one mask of each object (Q, h, w); only logits and targets are held for later."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and targets.numel() <= HELD:
             losses = checkpoint(self._full_size_losses, logits, targets, use_reentrant=False, preserve_rng_state=False)
         else:
-            losses = self._full_size_losses(logits, targets)
+            losses = by_mask(self._full_size_losses, logits, targets)
         return losses[0], losses[1]
 
     def _full_size_losses(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
-from trainer.losses import DiceCrossEntropy, resize_logits
+from trainer.losses import DiceCrossEntropy, by_mask
 from trainer.metrics import overlap
 from trainer.models import SAM3, SegmentationModel
 from trainer.modules.optimization import RateSchedule, Schedule
@@ -45,6 +45,13 @@ def per_image_means(parts: Mapping[str, Tensor], image_index: Tensor, images: fl
     weights = 1 / (counts[image] * (len(counts) if images is None else images))
     there = weights.to(next(iter(parts.values())), non_blocking=True)
     return {name: (values * there.to(values.dtype)).sum() for name, values in parts.items()}
+
+
+@torch.no_grad()
+def found_overlap(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """DSC (Q,) and IoU (Q,) of logits (Q, h, w), enlarged, with masks (Q, S, S); on the device, a few at a time."""
+    dsc, iou = by_mask(lambda some, truth: torch.stack(overlap(some > 0, truth)), logits, masks).unbind()
+    return dsc, iou
 
 
 @dataclass(frozen=True)
@@ -170,11 +177,11 @@ class MedSAMModule(TunedModule):
             return self.nothing_learnt()
         self.seed_dropout(batch)
         truth = self._truth(batch)
-        answers = [self._enlarged(answer) for answer in self._ask(batch, truth, self.current_epoch)]
+        answers = self._ask(batch, truth, self.current_epoch)
         rounds = [self._losses(answer, truth, batch.counted) for answer in answers]
         losses = {name: torch.stack([part[name] for part in rounds]).mean() for name in rounds[0]}
         with torch.no_grad():
-            dsc, _ = overlap(answers[-1].logits > 0, truth.masks)
+            dsc, _ = found_overlap(answers[-1].logits, truth.masks)
         shown = {f"train/{name}": value.detach() for name, value in losses.items()} | {"train/dsc": dsc.mean()}
         self.log_dict(shown, batch_size=len(batch.masks), on_step=True, on_epoch=False)
         return losses["loss"]
@@ -190,8 +197,7 @@ class MedSAMModule(TunedModule):
             answers.append(self._decode(features, [asked], size))
             points, labels = torch.zeros(size, clicks, 2), torch.ones(size, clicks, dtype=torch.int64)
             asked = replace(asked, points=points, labels=labels, masks=answers[-1].logits.detach().float())
-        enlarged = [self._enlarged(answer) for answer in answers]
-        return torch.stack([self._target_losses(answer, truth)["loss"] for answer in enlarged]).mean()
+        return torch.stack([self._target_losses(answer, truth)["loss"] for answer in answers]).mean()
 
     @torch.no_grad()
     def predict_masks(self, batch: TripletBatch) -> Prediction:
@@ -246,21 +252,16 @@ class MedSAMModule(TunedModule):
             logits, scores = logits[back], scores[back]
         return Answer(asked, logits, scores)
 
-    def _enlarged(self, answer: Answer) -> Answer:
-        """An answer at the side of the model's input, where the truth is."""
-        side = self.model.preprocessing.image_size
-        return replace(answer, logits=resize_logits(answer.logits, (side, side)))
-
     def _losses(self, answer: Answer, truth: Truth, images: float | None = None) -> dict[str, Tensor]:
-        """What an enlarged answer costs, averaged over targets and so many images."""
+        """What an answer costs, averaged over targets and so many images."""
         parts = self._target_losses(answer, truth.masks)
         return per_image_means(parts, truth.image_index, images)
 
     def _target_losses(self, answer: Answer, masks: Tensor) -> dict[str, Tensor]:
-        """What an enlarged answer costs for each target: (Q,) each."""
+        """What an answer costs for each target, at the side of the model's input, where the truth is: (Q,) each."""
         parts = dict(self.loss(answer.logits, masks))
         if self.score_weight:
-            _, iou = overlap(answer.logits.detach() > 0, masks)
+            _, iou = found_overlap(answer.logits, masks)
             parts["score_loss"] = (answer.scores.float() - iou).square()
             parts["loss"] = parts["loss"] + self.score_weight * parts["score_loss"]
         return parts

@@ -18,7 +18,7 @@ from data_shards.batch import TripletBatch
 from data_shards.errors import UserError
 from data_shards.seed import run_seed, stream
 from trainer.distributed import is_sharded
-from trainer.losses import BestMaskLoss, DiceCrossEntropy, resize_logits
+from trainer.losses import BestMaskLoss, DiceCrossEntropy
 from trainer.models import SegmentationModel
 from trainer.modules.answering import AnsweringModule
 from trainer.modules.augmentation import ClipAugmentation
@@ -396,5 +396,5 @@ class SAM2Module(AnsweringModule):
         if isinstance(self.loss, BestMaskLoss):
             return dict(self.loss(look.logits, look.ious, look.presence, truth))
         there = truth.flatten(1).amax(1)
-        found = self.loss(resize_logits(look.best, (truth.shape[-2], truth.shape[-1])), truth)
+        found = self.loss(look.best, truth)
         return {name: value * there for name, value in found.items()}
