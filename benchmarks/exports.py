@@ -44,8 +44,8 @@ from typing import Any
 import torch
 import yaml
 from measuring import finish, say
-from sam3_step import TINY
 from samples import encoded, slices, write_shards
+from step_sam3 import TINY
 
 from data_shards.errors import UserError
 from trainer.cli import main as trainer_command

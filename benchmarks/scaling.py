@@ -48,7 +48,7 @@ import torch.multiprocessing
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from measuring import finish, say
 from projection import add_options, projected
-from sam3_step import batch_of
+from step_sam3 import batch_of
 from torch.utils.data import DataLoader
 
 from data_shards.batch import TripletBatch

@@ -69,8 +69,8 @@ from index import peak_mb
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from measuring import finish, rounded, say
-from sam3_step import TINY, batch_of
 from scaling import Same, free_port
+from step_sam3 import TINY, batch_of
 
 from data_shards.batch import TripletBatch
 from trainer.callbacks import CompileBlocks
