@@ -26,6 +26,9 @@ The last line is one JSON object:
   read_us              its bytes, checked
   getitem_us           `ShardDataset[i]`: its image and targets
   stats_seconds        `data-shards stats` of all, from the start of Python
+  tar_seconds          to list as many samples from the tars themselves, with Python's `tarfile`: one shard's time times
+                       their number
+  ratio                `tar_seconds` divided by `open_seconds`
   bar                  by name {"value", "needed", "met"}: open_seconds, rss_mb, first_batch_seconds
 """
 
@@ -139,6 +142,16 @@ def measure_first_batch(folder: Path) -> dict[str, float]:
     return {"first_batch_without_imports_seconds": time.perf_counter() - start, "now": time.time()}
 
 
+def measure_tar(folder: Path) -> dict[str, float]:
+    import tarfile
+
+    def listed(_: int) -> None:
+        with tarfile.open(next(iter(sorted(folder.glob("*.tar"))))) as tar:
+            assert len(tar.getmembers()) == 2 * BASE
+
+    return {"tar_shard_seconds": median_of(listed, 5)}
+
+
 def measure_datamodule(folder: Path) -> dict[str, float]:
     from data_shards.datamodule import TripletDataModule
 
@@ -190,9 +203,10 @@ MEASURES: dict[str, Callable[[Path], dict[str, float]]] = {
     "datamodule": measure_datamodule,
     "orders": measure_orders,
     "samples": measure_samples,
+    "tar": measure_tar,
 }
 
-SEVERAL_CALLS = ("orders", "samples")
+SEVERAL_CALLS = ("orders", "samples", "tar")
 """Those that are medians already."""
 
 
@@ -245,6 +259,7 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
         found |= in_fresh_process(what, folder, 1 if what in SEVERAL_CALLS else repeats)
         if what == "first_batch":
             found["first_batch_seconds"] = found["since_start"]
+    listing = found["tar_shard_seconds"] * found["shards"]
     names = (
         "open_seconds", "open_checked_seconds", "rss_mb", "rss_own_mb", "first_batch_seconds",
         "first_batch_without_imports_seconds", "datamodule_setup_seconds", "shuffle_seconds",
@@ -256,6 +271,8 @@ def measure(folder: Path, repeats: int) -> dict[str, Any]:
         "weighted_seconds": {"make": found["make"], "epoch": found["epoch"]},
         **{name: found[name] for name in ("row_us", "read_us", "getitem_us")},
         "stats_seconds": stats_seconds(folder),
+        "tar_seconds": listing,
+        "ratio": listing / found["open_seconds"],
         "bar": {
             name: {"value": found[name], "needed": needed, "met": found[name] < needed} for name, needed in BAR.items()
         },
@@ -285,7 +302,7 @@ def main() -> None:
         result = measure(Path(name) / "shards", repeats=values.repeats or (3 if values.quick else 7))
     for key, value in result.items():
         print(f"{key:38}{json.dumps(value)}")
-    finish({"benchmark": "index", "quick": values.quick, **result})
+    finish({"benchmark": "index", "quick": values.quick, **result}, values.save)
 
 
 if __name__ == "__main__":

@@ -18,21 +18,28 @@ The last line is one JSON object:
                 non-zero places, and uploads that are not told not to wait
   milliseconds  by targets: of each way, medians over rounds that run all in turn
   syncs         by targets: of each way, in one step
-  ratio         by targets: `per_image` divided by `batched`
+  ratios        by targets: `per_image` divided by `batched`
+  ratio         their geometric mean
   loss_syncs    by targets: of a whole loss with masks, our matching, all terms and the backward pass
   bar           syncs of a step: the most in `loss_syncs`, what is allowed, and whether that is met
+  matmul_tflops of this device, in one large product of matrices: bf16 on a GPU, fp32 on a CPU
+  step_ms       the shortest that a training step of SAM3 could be here: its FLOP at 1008², of a fourth as many images
+                as prompts, at that rate. A real step takes twice as long or more; `step_sam3.py` measures one
+  share         by targets: `batched` divided by `step_ms`
+  share_bar     {"targets", "share", "needed", "met"}: that of the most targets a prompt up to 20
 """
 
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import arguments, finish, medians
+from measuring import arguments, device, finish, matmul_rate, medians, settle
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -48,9 +55,16 @@ from trainer.losses.boxes import overlap
 from trainer.losses.matching import match, upload
 from trainer.waits import waits_of
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = device()
 MATCHER, MANY = HungarianMatcher(), OneToManyMatcher()
 SIDE, CHANNELS = 36, 16  # of the masks; matching never sees them
+PER_IMAGE = 4
+"""Prompts of an image."""
+TFLOP = 18.2
+"""Of a training step of SAM3 at 1008² on an image with one prompt, counted by torch's `FlopCounterMode`; three prompts
+more cost more, and the ViT's blocks computed anew a third more: steps are longer than what is reckoned from it."""
+SHARE, MANY_TARGETS = 0.01, 20
+"""What matching may take of a step, and with how many targets a prompt at most that is looked at."""
 Rows = set[tuple[int, ...]]  # layer (the second half's after the first's), prompt, query, target
 
 
@@ -177,8 +191,7 @@ def padded_boxes(targets: ObjectSets) -> Tensor:
 def step(run: Callable[[], Any]) -> int:
     """One step, to its end on the device."""
     run()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    settle(DEVICE)
     return 1
 
 
@@ -220,6 +233,12 @@ def main() -> None:
             print(f"{number:7}  {name:10} {milliseconds[key][name]:10.2f} {waits[key][name]:7}", flush=True)
         print(f"{number:7}  whole loss            {loss_syncs[key]:7}", flush=True)
     most = max(loss_syncs.values())
+    ratios = {key: found["per_image"] / found["batched"] for key, found in milliseconds.items()}
+    rate = matmul_rate(DEVICE, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
+    shortest = values.prompts / PER_IMAGE * TFLOP / rate * 1000
+    share = {key: found["batched"] / shortest for key, found in milliseconds.items()}
+    looked = str(max(number for number in numbers if number <= MANY_TARGETS))
+    print(f"{looked} targets a prompt: {share[looked]:.3%} of the shortest step of SAM3, {shortest:.0f} ms")
     finish(
         {
             "benchmark": "matcher",
@@ -233,10 +252,21 @@ def main() -> None:
             "counted": "calls" if DEVICE.type == "cpu" else "cuda sync debug mode",
             "milliseconds": milliseconds,
             "syncs": waits,
-            "ratio": {key: found["per_image"] / found["batched"] for key, found in milliseconds.items()},
+            "ratios": ratios,
+            "ratio": statistics.geometric_mean(ratios.values()),
             "loss_syncs": loss_syncs,
             "bar": {"value": most, "needed": 1, "met": most <= 1},
-        }
+            "matmul_tflops": rate,
+            "step_ms": shortest,
+            "share": share,
+            "share_bar": {
+                "targets": int(looked),
+                "share": share[looked],
+                "needed": SHARE,
+                "met": share[looked] < SHARE,
+            },
+        },
+        values.save,
     )
 
 

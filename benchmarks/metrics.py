@@ -96,7 +96,8 @@ def main() -> None:
             "difference": difference,
             "ratio": ratio,
             "bar": {"least": BAR, "met": ratio >= BAR},
-        }
+        },
+        values.save,
     )
 
 

@@ -107,6 +107,7 @@ def loader_is_sane(found: dict[str, Any]) -> bool:
         and found["ratio_to_png_1024"]["png"]
         == pytest.approx(rates["png"]["loader"] / rates["png_1024"]["loader"], rel=0.01)
         and found["ratio_to_reference"]["png"] > 2
+        and found["ratio"] == found["ratio_to_reference"]["zstd"]
         and speed == rates["zstd"]["loader"]
         and found["bar"]["met"] is (speed >= 1000)
         and all(0 <= share < 1 for share in found["wait_share"].values())
@@ -125,6 +126,7 @@ def index_is_sane(found: dict[str, Any]) -> bool:
         and all(item["met"] is (item["value"] < item["needed"]) for item in found["bar"].values())
         and found["bar"].keys() == {"open_seconds", "rss_mb", "first_batch_seconds"}
         and positive(found["weighted_seconds"])
+        and found["ratio"] == pytest.approx(found["tar_seconds"] / found["open_seconds"], rel=0.01)
     )
 
 
@@ -176,13 +178,19 @@ def matcher_is_sane(found: dict[str, Any]) -> bool:
     per_layer = 2 * 3 * found["layers"] - 2  # of each layer counts, costs and indices; of the one-to-many layer one
     per_image = 2 * 3 * (2 * found["layers"] - 1) + 3  # of each of three prompts costs and indices
     return (
-        rows == found["milliseconds"].keys() == found["syncs"].keys() == found["ratio"].keys()
+        rows == found["milliseconds"].keys() == found["syncs"].keys() == found["ratios"].keys() == found["share"].keys()
         and positive(found["milliseconds"])
         and syncs["batched"] == 1 == found["loss_syncs"]["10"]
         and (found["counted"] != "calls" or (syncs["per_layer"], syncs["per_image"]) == (per_layer, per_image))
         and found["bar"] == {"value": 1, "needed": 1, "met": True}
-        and found["ratio"]["10"]
+        and found["ratios"]["10"]
         == pytest.approx(found["milliseconds"]["10"]["per_image"] / found["milliseconds"]["10"]["batched"], rel=0.01)
+        and found["ratio"] == pytest.approx((found["ratios"]["1"] * found["ratios"]["10"]) ** 0.5, rel=0.01)
+        and found["step_ms"] == pytest.approx(1000 * found["prompts"] / 4 * 18.2 / found["matmul_tflops"], rel=0.01)
+        and found["share"]["10"]
+        == pytest.approx(found["milliseconds"]["10"]["batched"] / found["step_ms"], rel=0.01)
+        == found["share_bar"]["share"]
+        and found["share_bar"]["met"] is (found["share"]["10"] < 0.01)
     )
 
 
@@ -191,16 +199,18 @@ def checkpoint_is_sane(found: dict[str, Any]) -> bool:
     stops = found["stop_seconds"]
     return (
         (found["megabytes"], found["rounds"]) == (30, 1)
-        and all(found[key].keys() == forms for key in ("step_ms", "ratio", "first_seconds"))
+        and all(found[key].keys() == forms for key in ("step_ms", "ratios", "first_seconds"))
         and all(found[f"{key}_seconds"].keys() == forms for key in ("stop", "lost", "complete"))
         and all(found[f"{key}_seconds"][form].keys() == ways for key in ("stop", "lost", "complete") for form in forms)
         and all(found["complete_seconds"][form][way] > 0 for form in forms for way in ways)
         and positive(stops)
         and positive([found["sha256_seconds"], found["plain_seconds"], found["step_ms"], found["first_seconds"]])
         and all(
-            found["ratio"][form] == pytest.approx(stops[form]["blocking"] / stops[form]["background"], rel=0.01)
+            found["ratios"][form] == pytest.approx(stops[form]["blocking"] / stops[form]["background"], rel=0.01)
             for form in forms
         )
+        and found["ratio"] == min(found["ratios"].values())
+        and found["bar"] == {"needed": 1, "met": found["ratio"] > 1}
     )
 
 
