@@ -117,6 +117,25 @@ def loader_is_sane(found: dict[str, Any]) -> bool:
     )
 
 
+def decoders_are_sane(found: dict[str, Any]) -> bool:
+    rates, damaged = found["samples_per_second"], found["damaged"]
+    return (
+        rates.keys() == found["ratios"].keys() == {"png_grey", "png_rgb", "jpeg_grey", "jpeg_rgb", "zstd_grey"}
+        and positive(rates)
+        and rates["zstd_grey"]["ours"] > rates["png_grey"]["ours"] > rates["png_rgb"]["ours"]
+        and 0.3 < found["ratio"] < 3
+        and all(
+            row["files"] == sum(row[end] for end in ("read", "refused", "crashed")) == 3 for row in rows_of(damaged)
+        )
+        and all(damaged[form]["ours"]["crashed"] == damaged[form]["ours"]["lines"] == 0 for form in ("png", "jpeg"))
+        and found["bar"] == {"crashes": 0, "needed": 0, "met": True}
+    )
+
+
+def rows_of(table: dict[str, dict[str, Any]]) -> list[Any]:
+    return [row for part in table.values() for row in part.values()]
+
+
 def index_is_sane(found: dict[str, Any]) -> bool:
     return (
         (found["samples"], found["targets"], found["shards"]) == (3000, 10200, 3)
@@ -302,12 +321,39 @@ def sharded_step_is_sane(found: dict[str, Any]) -> bool:
     )
 
 
+def attention_is_sane(found: dict[str, Any]) -> bool:
+    """Every way was timed, the ratio is that of the rule's choice, and all give the same."""
+    ways = {"reference", "eager", "sdpa", "widened", "chunked" if found["device"] == "cpu" else "flex"}
+    times = [kinds for precision in found["milliseconds"].values() for kinds in precision.values()]
+    return (
+        len(times) == 4
+        and all(set(each) == ways and min(each.values()) > 0 for each in times)
+        and found["chosen"] in ways
+        and 0 < found["difference"] < 1e-3
+        and found["ratio"] == min(found["ratios"].values()) > 0
+        and found["bar"] == {"needed": 1.0, "met": found["ratio"] >= 1}
+    )
+
+
+def memory_is_sane(found: dict[str, Any]) -> bool:
+    sizes = {(kind, way): both for kind, ways in found["saved_mib"].items() for way, both in ways.items()}
+    ratios = {key: both["ours"] / both["reference"] for key, both in sizes.items()}
+    return (
+        len(ratios) == 4
+        and all(found["ratios"][kind][way] == pytest.approx(ratio, rel=0.01) for (kind, way), ratio in ratios.items())
+        and found["ratio"] == max(share for ways in found["ratios"].values() for share in ways.values())
+        and all(share == pytest.approx(1, abs=0.02) for share in found["real"].values())
+        and found["bar"] == {"needed": 0.6, "met": found["ratio"] <= 0.6}
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "size", "is_sane"),
     [
         pytest.param("ablation.py", (), ablation_is_sane, marks=pytest.mark.slow),
         ("samples.py", ("--distinct", "5"), samples_are_sane),
         ("checkpoint.py", ("--megabytes", "30", "--rounds", "1"), checkpoint_is_sane),
+        ("decoders.py", ("--images", "1", "--files", "3", "--rounds", "1"), decoders_are_sane),
         (
             "exports.py",
             (*("--families", "litemedsam", "medsam"), *("--formats", "litemedsam", "peft", "transformers")),
@@ -320,6 +366,8 @@ def sharded_step_is_sane(found: dict[str, Any]) -> bool:
         ("sam2_memory.py", (), sam2_memory_is_sane),
         ("sam3_step.py", ("--images", "2", "--prompts", "2", "--steps", "1"), sam3_step_is_sane),
         ("matcher.py", ("--prompts", "4", "--layers", "2", "--rounds", "1"), matcher_is_sane),
+        ("attention.py", ("--side", "8", "--rounds", "1"), attention_is_sane),
+        ("memory.py", ("--side", "64", "--depth", "2"), memory_is_sane),
         ("metrics.py", ("--pairs", "1", "--rounds", "1"), metrics_is_sane),
         ("projection.py", (), projection_is_sane),
         (
@@ -346,6 +394,7 @@ def test_every_benchmark_is_run_above() -> None:
     assert NAMES == [
         "ablation.py",
         "checkpoint.py",
+        "decoders.py",
         "exports.py",
         "index.py",
         "loader.py",

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from trainer.models.attention import as_needed
 from trainer.modules.scoring import ScoredModule
 from trainer.rehearsal import rehearsing
 
@@ -68,7 +69,7 @@ def pass_flops(module: nn.Module, step: Callable[[], Tensor]) -> Flops:
         module: Module on any device; nothing of it changes.
         step: Gives the loss of a pass; called where all that is made is a fake tensor.
     """
-    with rehearsing(module), FlopCounter() as counter:
+    with rehearsing(module), as_needed(), FlopCounter() as counter:
         loss = step()
         forward = counter.model
         counter.backward = True

@@ -31,6 +31,12 @@ _WIDENED = (
     *("_upsample_bilinear2d_aa", "upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_trilinear3d"),
 )
 """What CUDA's autocast computes in fp32 and the CPU's does not (torch's autocast_mode.h)."""
+_pretending = False
+
+
+def on_cuda() -> bool:
+    """Whether tensors on the CPU stand for tensors on a GPU just now: what chooses by device asks this too."""
+    return _pretending
 
 
 @contextmanager
@@ -95,15 +101,18 @@ def fused_attention(
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Let tensors on the CPU be autocast by CUDA's lists, and take its fused attention; for fake tensors alone."""
+    global _pretending
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    library = Library("aten", "IMPL")
+    library, before = Library("aten", "IMPL"), _pretending
     try:
+        _pretending = True
         library.impl("scaled_dot_product_attention", fused_attention, "AutogradCPU")
         for name in _WIDENED:
             if has(f"aten::{name}", "AutocastCUDA") and not has(f"aten::{name}", "AutocastCPU"):
                 library.impl(name, _widened(name), "AutocastCPU")
         yield
     finally:
+        _pretending = before
         library._destroy()
 
 

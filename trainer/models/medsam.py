@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.sam.configuration_sam import SamVisionConfig
-from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from data_shards.errors import UserError
+from trainer.models.attention import Way, encoder_with
 from trainer.models.preprocessing import Preprocessing
 from trainer.models.recomputing import Recomputed, recompute_layers, recomputed_kinds
 from trainer.models.sam import WIDTH, SAMDecoding
@@ -67,7 +66,10 @@ class MedSAM(SAMDecoding):
         weights_sha256: What the weights file must hash to, in hexadecimal; optional.
         input_like: ``medsam`` squashes an image and scales it to [0, 1]; ``sam`` pads it and takes Meta's mean and
             standard deviation. Weights work with what they were trained with.
-        attention: ``eager`` or ``sdpa``, equal but for rounding; null takes what is faster on this machine.
+        attention: How the encoder attends, all equal but for rounding: ``eager``, the plain form; ``sdpa``, one kernel
+            with positions as a bias; ``widened``, one kernel without a bias, which flash attention takes; ``chunked``,
+            for CPUs, keeps no scores; ``flex``, FlexAttention, on GPUs alone. Null takes ``chunked`` on a CPU, which is
+            fastest there, and ``widened`` on a GPU.
         checkpoint_activations: Compute each block a second time in the backward pass instead of keeping what is in it:
             much less memory, about a third more time. Or a list of kinds of blocks; here there is ``image_encoder``.
     """
@@ -81,7 +83,7 @@ class MedSAM(SAMDecoding):
         weights: str | None = "wanglab/medsam-vit-base",
         weights_sha256: str | None = None,
         input_like: Literal["medsam", "sam"] = "medsam",
-        attention: Literal["eager", "sdpa"] | None = None,
+        attention: Way | None = None,
         checkpoint_activations: Recomputed = False,
     ) -> None:
         super().__init__()
@@ -102,9 +104,7 @@ class MedSAM(SAMDecoding):
             global_attn_indexes=list(self.shape.global_blocks),
             output_channels=WIDTH,
         )
-        # measured on CPUs in bf16: the plain form is four times as fast as the fused one with a bias
-        config._attn_implementation = attention or ("sdpa" if torch.cuda.is_available() else "eager")
-        self.image_encoder = SamVisionEncoder(config)
+        self.image_encoder = encoder_with(config, attention)
         self.add_decoder(image_size, self.shape.patch, layer_norm_eps=1e-5)
         if recomputed_kinds(checkpoint_activations, [self.encoder]):
             recompute_layers(self.image_encoder)

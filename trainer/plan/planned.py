@@ -59,7 +59,7 @@ class PlanCLI(ReadCLI):
         self.notes = _leave_unquantised(node)
         try:
             with torch.device("meta"):
-                self.module: TunedModule = build(_as_on_a_gpu(node), where)
+                self.module: TunedModule = build(node, where)
                 model = without_weights(node["init_args"]["model"])
                 untouched: SegmentationModel = instantiate(model, SegmentationModel, where)
             self.planned_data = instantiate(self.resolved["data"], LightningDataModule, where)
@@ -192,16 +192,6 @@ def _devices(trainer: Mapping[str, Any]) -> int | None:
         return len(devices) * nodes
     text = str(devices)
     return int(text) * nodes if text.isdigit() and int(text) else None
-
-
-def _as_on_a_gpu(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A module's node whose model takes the attention that it takes on a GPU, if it is free to choose."""
-    arguments = node["init_args"]
-    given = arguments["model"].get("init_args") or {}
-    if given.get("attention", "") is not None:
-        return dict(node)
-    model = {**arguments["model"], "init_args": {**given, "attention": "sdpa"}}
-    return {**node, "init_args": {**arguments, "model": model}}
 
 
 def _leave_unquantised(node: dict[str, Any]) -> list[str]:

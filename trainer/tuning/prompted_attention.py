@@ -171,7 +171,7 @@ def _sam_place(attention: Any, windows: Tensor, rest: tuple[Any, ...]) -> Placed
         flat = query.flatten(0, 1)
         bias = attention.get_decomposed_rel_pos(flat, attention.rel_pos_h, attention.rel_pos_w, grid, grid)
         bias = bias.reshape(*query.shape[:3], key.shape[2])
-    fused = isinstance(attention, SamVisionSdpaAttention)
+    fused = isinstance(attention, SamVisionSdpaAttention) or getattr(attention, "fused", False)
     return Placed(query, key, value, grid, bias, fused, 0.0 if fused else attention.dropout)
 
 
