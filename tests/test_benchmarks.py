@@ -21,7 +21,7 @@ import torch
 pytest.importorskip("nilearn", reason="the benchmarks read a volume that it carries")
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-SHARED = {"measuring.py", "rendering.py"}  # what benchmarks are made with, and their page
+SHARED = {"measuring.py", "racing.py", "rendering.py", "steps.py", "suite.py"}  # what benchmarks are made with, and their page
 NAMES = sorted(path.name for path in FOLDER.glob("*.py") if path.name not in SHARED)
 Check = Callable[[dict[str, Any]], bool]
 
@@ -158,15 +158,61 @@ def shards_are_sane(found: dict[str, Any]) -> bool:
     )
 
 
-def packed_is_sane(found: dict[str, Any]) -> bool:
-    rates = found["pairs_per_second"]
+def pairs_is_sane(found: dict[str, Any]) -> bool:
+    rates, packing = found["pairs_per_second"], found["packing"]
     return (
-        rates.keys() == found["ratio"].keys() == {"litemedsam_128"}
-        and positive(rates)
-        and (found["pairs"], found["targets"]) == (3, 3)
-        and all(1.3 < found["ratio"][name] < 3.5 for name in rates)
-        and found["ratio"]["litemedsam_128"]
-        == pytest.approx(rates["litemedsam_128"]["packed"] / rates["litemedsam_128"]["single"], rel=0.01)
+        positive([rates, packing, found["lowest"]])
+        and (found["images"], found["masks"], found["image_size"]) == (5, 17, 64)
+        and max(found["loss_difference"], found["gradient_difference"]) < 1e-4
+        and found["ratio"] == pytest.approx(rates["ours"] / rates["reference"], rel=0.01)
+        and found["lowest"] == found["highest"] == found["ratio"] > 1
+        and found["bar"] == {"needed": 2.8, "met": found["ratio"] >= 2.8}
+        and packing["ratio"] == pytest.approx(packing["packed"] / packing["single"], rel=0.01)
+        and 1.3 < packing["ratio"] < 3.5
+    )
+
+
+def rows_are_sane(found: dict[str, Any]) -> bool:
+    """What the step benchmarks have alike, on a CPU."""
+    best = max((row for row in found["rows"] if row["ratio"]), key=lambda row: row["precision"] == "fp32")
+    return (
+        all(row["images_per_second"] > 0 < row["tflops"] and 0 < row["mfu"] < 2 for row in found["rows"])
+        and all(row["peak_gib"] is row["reference_peak_gib"] is None for row in found["rows"])
+        and all(row["lowest"] <= row["ratio"] <= row["highest"] for row in found["rows"] if row["ratio"])
+        and best["ratio"] == found["ratio"]
+        and found["headline"] == f"{best['way']}, {best['precision']}, {best['images']} × {best['masks']}"
+        and found["bar"] == {"needed": 1.0, "met": found["ratio"] >= 1}
+        and found["left_out"] == []
+    )
+
+
+def step_medsam_is_sane(found: dict[str, Any]) -> bool:
+    return (
+        rows_are_sane(found)
+        and found["image_size"] == 64
+        and [(row["precision"], row["images"], row["masks"]) for row in found["rows"]] == [("fp32", 1, 1), ("bf16", 1, 1)]
+        and max(found["loss_difference"], found["gradient_difference"]) < 1e-4
+        and all(row["ratio"] == pytest.approx(row["images_per_second"] / row["reference"], rel=0.01) for row in found["rows"])
+    )
+
+
+def step_sam2_is_sane(found: dict[str, Any]) -> bool:
+    return (
+        rows_are_sane(found)
+        and [(row["way"], row["precision"]) for row in found["rows"]] == [("tiny", "fp32")]
+        and max(found["loss_difference"], found["gradient_difference"]) < 1e-4
+    )
+
+
+def overhead_is_sane(found: dict[str, Any]) -> bool:
+    return (
+        positive(found["step_ms"])
+        and (found["image_size"], found["batch"], found["steps"]) == (64, 1, 3)
+        and found["loss_difference"] < 1e-4
+        and -1 < found["overhead"] < 3
+        and found["ratio"] == pytest.approx(1 / (1 + found["overhead"]), rel=0.01)
+        and found["bar"]["value"] == found["overhead"]
+        and found["bar"]["met"] == (found["overhead"] <= found["bar"]["needed"] == 0.03)
     )
 
 
@@ -181,12 +227,15 @@ def sam2_memory_is_sane(found: dict[str, Any]) -> bool:
     )
 
 
-def sam3_step_is_sane(found: dict[str, Any]) -> bool:
+def step_sam3_is_sane(found: dict[str, Any]) -> bool:
     return (
         (found["images"], found["prompts"], found["image_size"]) == (2, 2, 112)
         and found["images_per_second"].keys() == found["peak_gib"].keys() == {"recomputed", "kept"}
         and positive(found["images_per_second"])
         and None not in found["images_per_second"].values()
+        and [row["way"] for row in found["rows"]] == ["recomputed", "kept"]
+        and rows_are_sane(found)
+        and found["difference"] < 1e-2
         and 1e6 < found["parameters"] < 1e7
     )
 
@@ -362,9 +411,12 @@ def memory_is_sane(found: dict[str, Any]) -> bool:
         ("shards.py", ("--volumes", "10", "--slices", "6"), shards_are_sane),
         ("index.py", ("--samples", "3000", "--repeats", "1"), index_is_sane),
         ("readers.py", ("--samples", "48"), alone_is_sane),
-        ("packed.py", ("--pairs", "3", "--rounds", "1", "--models", "1"), packed_is_sane),
+        ("overhead.py", ("--steps", "3", "--side", "64", "--batch", "1"), overhead_is_sane),
+        ("pairs.py", ("--rounds", "1", "--side", "64", "--depth", "2"), pairs_is_sane),
         ("sam2_memory.py", (), sam2_memory_is_sane),
-        ("sam3_step.py", ("--images", "2", "--prompts", "2", "--steps", "1"), sam3_step_is_sane),
+        ("step_medsam.py", ("--side", "64", "--depth", "2", "--rounds", "1"), step_medsam_is_sane),
+        ("step_sam2.py", ("--side", "64", "--rounds", "1", "--cases", "1"), step_sam2_is_sane),
+        ("step_sam3.py", ("--images", "2", "--prompts", "2", "--steps", "1", "--rounds", "1"), step_sam3_is_sane),
         ("matcher.py", ("--prompts", "4", "--layers", "2", "--rounds", "1"), matcher_is_sane),
         ("attention.py", ("--side", "8", "--rounds", "1"), attention_is_sane),
         ("memory.py", ("--side", "64", "--depth", "2"), memory_is_sane),
@@ -400,15 +452,18 @@ def test_every_benchmark_is_run_above() -> None:
         "loader.py",
         "matcher.py",
         "metrics.py",
-        "packed.py",
+        "overhead.py",
+        "pairs.py",
         "projection.py",
         "readers.py",
         "sam2_memory.py",
-        "sam3_step.py",
         "samples.py",
         "scaling.py",
         "sharded_step.py",
         "shards.py",
+        "step_medsam.py",
+        "step_sam2.py",
+        "step_sam3.py",
     ]
 
 
