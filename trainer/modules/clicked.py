@@ -1,4 +1,4 @@
-"""Corrections of some of a clip's objects: those whose masks were not given.
+"""Corrections of some of a clip's objects: those whose masks were not given; answers about some of several.
 
 Shapes: Q objects, N of them that are clicked on, S the model's input side, h w the decoder's mask side.
 """
@@ -6,7 +6,7 @@ Shapes: Q objects, N of them that are clicked on, S the model's input side, h w 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,6 +91,17 @@ def patched(look: Look, again: Look, clicked: Tensor) -> Look:
     }
     new = {name: old.index_put(place, part.to(old.dtype)) for name, (old, part) in fields.items()}
     return replace(look, logits=new["best"][:, None], **new)
+
+
+def first_of(count: int, looks: dict[int, Look], costs: dict[str, Tensor]) -> tuple[dict[int, Look], dict[str, Tensor]]:
+    """Answers and costs of the first objects, without those that they were padded with."""
+    if len(costs["loss"]) == count:
+        return looks, costs
+    cut = {
+        frame: replace(look, **{item.name: getattr(look, item.name)[:count] for item in fields(look)})
+        for frame, look in looks.items()
+    }
+    return cut, {name: cost[:count] for name, cost in costs.items()}
 
 
 def made_up_click(asked: Sequence[Prompts], logits: Tensor, *_: Any) -> list[Prompts]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from data_shards.batch import TripletBatch
 from trainer.metrics import overlap
 from trainer.models import Preprocessing
-from trainer.prompts import Prompts, Truth
+from trainer.prompts import Prompts, Truth, bucket_of
 
 if TYPE_CHECKING:
     from trainer.models.sam2 import Look
@@ -69,6 +69,11 @@ class Followed:
             sizes=self.sizes[objects],
             draws=[[row[q] for q in objects.tolist()] for row in self.draws],
         )
+
+    def padded(self) -> Followed:
+        """So many objects that few numbers occur (`bucket_of`): the first is followed again and again, at the end."""
+        more = bucket_of(len(self)) - len(self)
+        return self.subset(torch.cat([torch.arange(len(self)), torch.zeros(more, dtype=torch.int64)])) if more else self
 
     def truth(self, frame: int) -> Truth:
         """The objects in a frame, for prompts to be simulated from."""

@@ -79,6 +79,9 @@ class MedSAMModule(TunedModule):
         loss: Loss on masks, per target.
         score_weight: Factor on the squared error of the predicted IoU (1 in SAM). At 0, as in MedSAM, what predicts it
             is frozen.
+        prompt_buckets: Ask the decoder in one of few sizes, 1, 2, 3, 4, 6, 8, 12, 16 and so on, padded with prompts
+            whose answers are left out; nothing else changes. For a decoder that is compiled, or captured in a CUDA
+            graph, for each number of prompts: `CompileBlocks` sets it where it compiles the decoder.
         lr: Learning rate of the heads (of everything, without layer decay).
         weight_decay: AdamW's decay.
         decay: What decays: ``matrices`` and kernels, or ``all``, norms and biases too, as in MedSAM's code.
@@ -98,6 +101,7 @@ class MedSAMModule(TunedModule):
         prompts: Prompter | None = None,
         loss: DiceCrossEntropy | None = None,
         score_weight: float = 0.0,
+        prompt_buckets: bool = False,
         lr: float = 1e-4,
         weight_decay: float = 0.01,
         decay: Decay = "matrices",
@@ -123,7 +127,7 @@ class MedSAMModule(TunedModule):
             raise UserError(f"score_weight {score_weight}: 0 or more")
         self.prompts = prompts or BoxPrompts()
         self.loss = loss or DiceCrossEntropy()
-        self.score_weight = score_weight
+        self.score_weight, self.prompt_buckets = score_weight, prompt_buckets
         self.predicts_iou = model.score_head is not None
         if score_weight and model.score_head is None:
             raise UserError(
@@ -142,16 +146,10 @@ class MedSAMModule(TunedModule):
         """
         super().setup(stage)
         self.refuse_unreached(stage, [".prompt_encoder."])
-        datamodule = self.trainer.datamodule
         if stage == "fit":
             unused = {"clip_length": 1, "negatives_per_image": 0, "hard_negatives": False, "evaluated_negatives": 0}
             self.refuse(unused, "MedSAMModule prompts single images with boxes")
-        empty = datamodule.without_targets("train") if stage == "fit" and datamodule is not None else 0
-        if empty:
-            raise UserError(
-                f"{datamodule.folders['train']}: {empty} samples have no target, so no box to prompt with: set "
-                "data.init_args.only_with_targets to true, or build the shards with `slices: {keep: nonempty}`"
-            )
+            self.refuse_empty("no box to prompt with")
 
     def describe_prompts(self) -> dict[str, Any]:
         """What an evaluation asks, as JSON."""
@@ -244,8 +242,11 @@ class MedSAMModule(TunedModule):
     def _decode(self, features: Any, asked: list[Prompts], count: int) -> Answer:
         """Decode prompts of several forms, and put the answers in the order of the batch's targets."""
         asked = [prompts.to(self.device) for prompts in asked]
-        parts = [self.model.decode(features, prompts) for prompts in asked]
-        logits, scores = (torch.cat([part[place][:, 0] for part in parts]) for place in (0, 1))
+        parts = []
+        for prompts in asked:
+            masks, believed = self.model.decode(features, prompts.padded() if self.prompt_buckets else prompts)
+            parts.append((masks[: len(prompts), 0], believed[: len(prompts), 0]))
+        logits, scores = (torch.cat(part) for part in zip(*parts, strict=True))
         order = torch.cat([prompts.rows for prompts in asked if prompts.rows is not None] or [torch.arange(0)])
         if len(order) and not torch.equal(order, torch.arange(count)):  # on the host; none in a rehearsal
             back = order.argsort().to(self.device, non_blocking=True)

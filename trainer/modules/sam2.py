@@ -22,7 +22,7 @@ from trainer.losses import BestMaskLoss, DiceCrossEntropy
 from trainer.models import SegmentationModel
 from trainer.modules.answering import AnsweringModule
 from trainer.modules.augmentation import ClipAugmentation
-from trainer.modules.clicked import Clicked, gives_masks, made_up_click, not_given, only, patched, spread
+from trainer.modules.clicked import Clicked, first_of, gives_masks, made_up_click, not_given, only, patched, spread
 from trainer.modules.clips import NUMBERS, Followed, clip_draws, followed, found_dsc, rows_of, smaller, with_absences
 from trainer.modules.medsam import per_image_means
 from trainer.modules.optimization import RateSchedule, Schedule
@@ -61,6 +61,7 @@ class SAM2Module(AnsweringModule):
         corrected_frames: Frames of a clip that are corrected in training, at most: so many are drawn, the anchor always
             among them; 2 in SAM2's training. Corrected frames are remembered as prompted ones.
         augmentation: How training clips are changed: flipped, turned and the like; not at all if null.
+        prompt_buckets: Pad a training pass's objects to few numbers, as `MedSAMModule`; dropout is drawn otherwise.
         lr: Learning rate of what has no rate of its own.
         weight_decay: AdamW's decay.
         decay: What decays: ``matrices`` and kernels, or ``all``, norms and biases too.
@@ -85,6 +86,7 @@ class SAM2Module(AnsweringModule):
         loss_at: Literal["input", "decoder"] = "input",
         corrected_frames: int = 1,
         augmentation: ClipAugmentation | None = None,
+        prompt_buckets: bool = False,
         lr: float = 1e-4,
         weight_decay: float = 0.01,
         decay: Decay = "matrices",
@@ -107,6 +109,7 @@ class SAM2Module(AnsweringModule):
         self.memory, self.prompts, self.loss = memory, prompts or BoxPrompts(), loss or BestMaskLoss()
         self.asks_in_vain, self.predicts_iou = memory, not memory  # through a memory, a score is that of presence
         self.loss_at, self.corrected_frames, self.augmentation = loss_at, corrected_frames, augmentation
+        self.prompt_buckets = prompt_buckets
         if not memory and gives_masks(self.prompts):
             raise UserError(
                 "GivenMaskPrompts: the mask that is given is the answer, and of a single image nothing else is asked: "
@@ -159,12 +162,8 @@ class SAM2Module(AnsweringModule):
             self.refuse({"clip_length": 1}, "model.init_args.memory is false, so single images are learnt")
         unused = {"negatives_per_image": 0, "hard_negatives": False, "evaluated_negatives": 0}
         self.refuse(unused, "SAM2 is asked with boxes, points and masks")
-        empty = datamodule.without_targets("train") if stage == "fit" and not self.memory else 0
-        if empty:
-            raise UserError(
-                f"{datamodule.folders['train']}: {empty} samples have no target, so nothing to prompt with: set "
-                "data.init_args.only_with_targets to true, or build the shards with `slices: {keep: nonempty}`"
-            )
+        if stage == "fit" and not self.memory:
+            self.refuse_empty("nothing to prompt with")
 
     def describe_prompts(self) -> dict[str, Any]:
         """What an evaluation asks, as JSON."""
@@ -321,10 +320,11 @@ class SAM2Module(AnsweringModule):
             if not len(mine):
                 continue
             group = everything.subset(mine) if len(mine) < len(everything) else everything
-            first = self.prompts.first(group.truth(anchor), epoch)
+            padded = group.padded() if self.prompt_buckets and epoch is not None else group
+            first = self.prompts.first(padded.truth(anchor), epoch)
             if asked is not None:
                 asked += [replace(some, rows=rows_of(some, group.rows[anchor])) for some in first]
-            yield group, *self._follow_group(features, group, anchor, corrected, epoch, first)
+            yield group, *first_of(len(group), *self._follow_group(features, padded, anchor, corrected, epoch, first))
 
     def _corrected(self, batch: TripletBatch, clip: int, anchor: int, epoch: int | None) -> tuple[int, ...]:
         """Which frames of a clip are corrected; a pure function of (seed, epoch, sample)."""

@@ -100,6 +100,23 @@ class TunedModule(ScoredModule):
             if given != alone:
                 raise UserError(f"data.init_args.{name} {given}: {why}: leave it out")
 
+    def refuse_empty(self, lacking: str) -> None:
+        """Refuse training data in which some samples have no target.
+
+        Args:
+            lacking: What there is none of then.
+
+        Raises:
+            UserError: There are such samples.
+        """
+        datamodule = self.trainer.datamodule
+        empty = datamodule.without_targets("train") if datamodule is not None else 0
+        if empty:
+            raise UserError(
+                f"{datamodule.folders['train']}: {empty} samples have no target, so {lacking}: set "
+                "data.init_args.only_with_targets to true, or build the shards with `slices: {keep: nonempty}`"
+            )
+
     def refuse_unreached(self, stage: str, parts: Sequence[str]) -> None:
         """Refuse plain DDP where a batch may not reach all that learns: it would wait for the rest.
 

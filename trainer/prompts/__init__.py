@@ -1,6 +1,6 @@
 """Prompts simulated from ground truth."""
 
-from trainer.prompts.base import Prompter, Prompts, Truth, prompts_of_targets
+from trainer.prompts.base import Prompter, Prompts, Truth, bucket_of, prompts_of_targets
 from trainer.prompts.boxes import BoxPrompts
 from trainer.prompts.clicks import ClickPrompts
 from trainer.prompts.concepts import Concept, ConceptPrompts, concepts_of
@@ -29,6 +29,7 @@ __all__ = [
     "SAMBoxPrompts",
     "Truth",
     "Wording",
+    "bucket_of",
     "concepts_of",
     "prompts_of_targets",
 ]

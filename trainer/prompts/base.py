@@ -51,6 +51,18 @@ class Prompts:
         there = {name: tensor for name in _DECODED if (tensor := getattr(self, name)) is not None}
         return replace(self, **{name: to_device(tensor, device) for name, tensor in there.items()})
 
+    def padded(self) -> Prompts:
+        """So many that few numbers occur (`bucket_of`): the first is asked again, at the end and without a row.
+
+        Decoders answer each prompt on its own: whoever pads leaves out the last answers, and neither values nor
+        gradients of the others change.
+        """
+        more = bucket_of(len(self)) - len(self)
+        if not more:
+            return self
+        there = {name: tensor for name in _DECODED if (tensor := getattr(self, name)) is not None}
+        return replace(self, **{name: torch.cat([t, t[:1].expand(more, *t.shape[1:])]) for name, t in there.items()})
+
     def subset(self, places: Tensor) -> Prompts:
         """Those at some places (N,) of these, int64 on the CPU."""
         rows = torch.arange(len(self)) if self.rows is None else self.rows
@@ -153,6 +165,18 @@ def _joined(parts: Sequence[Prompts]) -> Prompts:
     whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     rows = torch.cat([torch.arange(len(part)) if part.rows is None else part.rows for part in parts])
     return Prompts(**whole, rows=rows).subset(rows.argsort())
+
+
+def bucket_of(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, … that is not smaller than a number of prompts.
+
+    Of what is computed for such a number less than a third is for nothing, and numbers up to 64 have twelve sizes:
+    what is compiled or captured for a size, and memory that is kept for it, is soon used again.
+    """
+    if count < 3:
+        return count
+    power = 1 << (count - 1).bit_length()  # the next power of two
+    return 3 * power // 4 if count <= 3 * power // 4 else power
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
