@@ -5,7 +5,7 @@ Shapes: B images, Q masks, S the model's input side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +57,9 @@ def discs(targets: Sequence[int], side: int, seed: int = 0) -> TripletBatch:
         positions=list(range(len(targets))),
         target_index=[target for number in targets for target in range(number)],
         provenances=[origin] * len(targets),
+        objects=[target for number in targets for target in range(number)],
+        kinds=["semantic"] * count,
+        synonyms=[()] * count,
     )
 
 
@@ -261,12 +264,24 @@ def differences(ours: OurStep, published: PublishedStep, batch: TripletBatch) ->
     ours.precision, published.precision = kept
     mine = {name: p.grad for name, p in ours.module.model.named_parameters() if p.grad is not None}
     mine, theirs = to_original(mine), {n: p.grad for n, p in published.model.named_parameters() if p.grad is not None}
-    assert mine.keys() == theirs.keys(), f"only one learns {sorted(mine.keys() ^ theirs.keys())[:3]}"
-    whole = torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
-    apart = torch.stack([(mine[name] - gradient).norm() for name, gradient in theirs.items()])
     for step in (ours, published):
         step.optimizer.zero_grad()
-    return abs(values[0] - values[1]) / abs(values[1]), float(apart.max() / whole)
+    return apart_of(*values, mine, theirs)
+
+
+def apart_of(
+    ours: float, reference: float, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+) -> tuple[float, float]:
+    """How far two ways are from one function, by their losses and their gradients of each parameter.
+
+    Raises:
+        SystemExit: They do not learn the same parameters.
+    """
+    if mine.keys() != theirs.keys():
+        raise SystemExit(f"only one of them learns {', '.join(sorted(mine.keys() ^ theirs.keys())[:3])}")
+    whole = torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
+    apart = torch.stack([(mine[name] - gradient).norm() for name, gradient in theirs.items()])
+    return abs(ours - reference) / abs(reference), float(apart.max() / whole)
 
 
 def check_same(found: tuple[float, float], device: torch.device) -> None:
