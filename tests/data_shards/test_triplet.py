@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import zstandard
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from data_shards import codecs
 from data_shards.codecs import Codec
 from data_shards.errors import UserError
 from data_shards.triplet import Provenance, Target, Triplet
@@ -255,3 +257,37 @@ def test_measures_are_those_of_the_mask() -> None:
         counts=coco_mask.encode(np.zeros(SIZE, np.uint8, order="F"))["counts"].decode(),
     )
     assert empty.measure() == (None, 0) and not empty.mask().any()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+@pytest.mark.parametrize("codec", ["zstd", "plain"])
+def test_an_image_read_at_once_is_the_one_read_piece_by_piece(
+    codec: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.asfortranarray(values(dtype)) if dtype == "int16" else values(dtype)
+    plain = io.BytesIO()
+    np.save(plain, image)
+    extension = "image.npy.zst" if codec == "zstd" else "image.npy"
+    data = codecs._encode_zstd(image) if codec == "zstd" else plain.getvalue()
+    damaged = [data[:-3], data[:20] + bytes([data[20] ^ 8]) + data[21:], data + b"more", data + data, data[:9]]
+
+    def outcome(content: bytes) -> object:
+        try:
+            return codecs.decode_image(extension, content).tolist()
+        except UserError as error:
+            return str(error)
+
+    at_once = [outcome(content) for content in (data, *damaged)]
+    monkeypatch.setattr(codecs, "_AT_ONCE", -1)
+    assert [outcome(content) for content in (data, *damaged)] == at_once
+    assert at_once[0] == image.tolist() and sum(isinstance(found, str) for found in at_once) >= 4
+    read = codecs.decode_image(extension, data)
+    assert read.dtype == image.dtype and read.dtype.isnative
+
+
+def test_each_thread_has_a_decoder_of_its_own() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (300, 300), np.uint8)
+    data = [codecs._encode_zstd(np.roll(image, number)) for number in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda turn: codecs.decode_image("image.npy.zst", data[turn % 8]), range(200)))
+    assert all(np.array_equal(one, np.roll(image, turn % 8)) for turn, one in enumerate(found))
