@@ -2,12 +2,14 @@
 #   make quickstart   the main job on real weights and a real image, to runs/quickstart/report.html
 #   make test         the whole test suite, two tests at a time (TEST_PROCESSES=8 on a larger machine)
 #   make faults       kill, starve and deceive runs in a few hundred ways; the table is benchmarks/results/faults.md
+#   make bench        every claim about speed measured here, side by side with its reference, to benchmarks/README.md;
+#                     half an hour on two idle cores (make bench QUICK=1: ten minutes at small sizes, nothing is kept)
 # Finished steps are kept; `make clean-quickstart` forgets the run, `make clean` the environment too.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test faults lint format clean clean-quickstart
+.PHONY: help quickstart test faults bench lint format clean clean-quickstart
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.14,\
   $(if $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo yes),$(p))))
@@ -77,6 +79,15 @@ test: $(VENV)/.dev
 
 faults: $(VENV)/.dev
 	@$(BIN)/python tests/faults/run.py --out benchmarks/results/faults.md
+
+# What one benchmark finds does not end the others; the page shows what each found last.
+bench: $(VENV)/.dev
+	@failed=(); while read -r -a line; do \
+	  echo "== $${line[*]}"; \
+	  $(BIN)/python benchmarks/"$${line[@]}" $(if $(QUICK),--quick,--save) < /dev/null || failed+=("$${line[0]}"); \
+	done < <($(BIN)/python benchmarks/rendering.py --names); \
+	$(if $(QUICK),,$(BIN)/python benchmarks/rendering.py;) \
+	if (($${#failed[@]})); then echo "make: error: failed: $${failed[*]}" >&2; exit 1; fi
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
