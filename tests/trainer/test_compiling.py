@@ -43,18 +43,18 @@ def ask(model: Any) -> None:
     model.decode(features, Prompts(torch.tensor([0, 1, 1]), boxes=60 * torch.rand(3, 4)))
 
 
-def sam2() -> tuple[Any, Callable[[Any], None]]:
+def sam2() -> tuple[Any, Callable[[Any], Any]]:
     tiny = pytest.importorskip("tiny_sam2", reason="needs sam2")
     return tiny.make(), ask
 
 
-def sam3() -> tuple[Any, Callable[[Any], None]]:
+def sam3() -> tuple[Any, Callable[[Any], Any]]:
     import tiny_sam3
 
-    return tiny_sam3.make(), lambda model: tiny_sam3.detect(model, tiny_sam3.images(2), [0, 1], [4, 6]) and None
+    return tiny_sam3.make(), lambda model: tiny_sam3.detect(model, tiny_sam3.images(2), [0, 1], [4, 6])
 
 
-FAMILIES: dict[str, Callable[[], tuple[Any, Callable[[Any], None]]]] = {
+FAMILIES: dict[str, Callable[[], tuple[Any, Callable[[Any], Any]]]] = {
     "medsam": lambda: (medsam(), ask),
     "litemedsam": lambda: (LiteMedSAM(SIDE, weights=None), ask),
     "sam2": sam2,
@@ -128,7 +128,7 @@ def test_compiled_blocks_keep_names_and_gradients(tiny_shards: Path) -> None:
 
 def test_what_cannot_be_compiled_is_refused() -> None:
     module = MedSAMModule(medsam())
-    with pytest.raises(UserError, match="no blocks of kind image_encoders.*image_encoder"):
+    with pytest.raises(UserError, match=r"no blocks of kind image_encoders.*image_encoder"):
         CompileBlocks(kinds=["image_encoders"]).setup(TRAINER, module, "fit")
     several: Any = SimpleNamespace(accumulate_grad_batches=4, strategy=None)
     with pytest.raises(UserError, match="accumulate_grad_batches 4"):

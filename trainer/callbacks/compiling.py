@@ -92,10 +92,9 @@ def _decoder_of(trainer: Trainer, module: TunedModule) -> nn.Module:
     decoder = getattr(model, name, None)
     if not hasattr(module, "prompt_buckets") or not isinstance(decoder, nn.Module):
         raise UserError(
-            f"CompileBlocks: decoder true: {type(model).__name__} has no mask decoder that is called whole: leave it out"
+            f"CompileBlocks: decoder true: {type(model).__name__} has no mask decoder that is called whole: set it to "
+            "false"
         )
     if isinstance(trainer.strategy, FSDP2):
-        raise UserError(
-            "CompileBlocks: decoder true: FSDP2 gathers the decoder's weights with the model's: leave it out"
-        )
+        raise UserError("CompileBlocks: decoder true: FSDP2 gathers its weights outside of it: set it to false")
     return decoder
