@@ -85,10 +85,10 @@ def kind_of(model: SegmentationModel, block: Block) -> Kind:
     kind = _KINDS.get(layer.__name__)
     if kind is None:
         raise UserError(f"visual prompts do not know how a {layer.__name__} attends: take another tuning method")
-    made = type(attention)
+    made = next(known for known in type(attention).__mro__ if not known.__module__.startswith("trainer."))
     file = sys.modules[made.__module__]
     lacking = [name for name in kind.needs if not hasattr(attention, name) and not hasattr(file, name)]
-    given = [*inspect.signature(made.forward).parameters.values()][1:]
+    given = [*inspect.signature(type(attention).forward).parameters.values()][1:]
     taken = [parameter.name for parameter in given if parameter.kind != parameter.VAR_KEYWORD]
     if lacking or not kind.arguments.issuperset(taken):
         what = f"lacks {', '.join(lacking)}" if lacking else f"takes {', '.join(taken)}"
