@@ -22,6 +22,7 @@ The last line is one JSON object:
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -85,7 +86,7 @@ def difference(parts: dict[str, nn.Module]) -> float:
 def main() -> None:
     values = arguments(__doc__, side=0, rounds=0)
     place, side = device(), values.side or (32 if values.quick else 64)
-    windows = -((-side // WINDOW) ** 2)
+    windows = math.ceil(side / WINDOW) ** 2
     ways: list[Way] = ["eager", "sdpa", "widened", "flex" if place.type == "cuda" else "chunked"]
     chosen = chosen_way(torch.empty(0, device=place))
     milliseconds: dict[str, dict[str, dict[str, float]]] = {}
