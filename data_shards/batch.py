@@ -252,6 +252,14 @@ def collate(items: Sequence[Item], frames: int = 1) -> TripletBatch:
     )
 
 
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Bring tensors of one device to the CPU in one copy: it is waited for once, not once for each."""
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return list(tensors)
+    block, places = _block_of(tensors)
+    return _views(block.cpu(), places)
+
+
 def _union(masks: Sequence[Tensor]) -> Tensor:
     """Where any of some masks (H, W) is; one alone stays as it is."""
     first, *others = masks

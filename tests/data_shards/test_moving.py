@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_shards.batch import Sample, TripletBatch, collate
+from data_shards.batch import Sample, TripletBatch, collate, on_host
 from data_shards.dataset import ShardDataset
 from data_shards.loader import SampleView, TripletLoader
 from data_shards.sampler import EvenSampler, GlobalOrderSampler
@@ -135,6 +135,16 @@ def test_a_block_that_holds_much_else_is_not_copied_whole() -> None:
     assert moved.images[0].untyped_storage().nbytes() == sum(-(-t.nbytes // 64) * 64 for t in few.images)
     nothing = replace(few, images=[])
     assert nothing.to("meta").images == nothing.pin_memory().images == []
+
+
+def test_what_is_scored_comes_back_in_one_copy() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        masks = [torch.zeros(9, 7, dtype=torch.bool, device=GPU), torch.zeros(5, 3, device=GPU).t()]
+        with Copies() as copies:
+            found = on_host(masks)
+    assert copies.seen == [(False, 128)] and [(m.shape, m.dtype) for m in found] == [(m.shape, m.dtype) for m in masks]
+    here = mixed().masks
+    assert all(one is other for one, other in zip(on_host(here), here, strict=True)) and on_host([]) == []
 
 
 def test_terms_that_were_joined_travel_too() -> None:

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from data_shards.batch import TripletBatch
+from data_shards.batch import TripletBatch, on_host
 from data_shards.errors import UserError
 from trainer.metrics import nsd, overlap
 from trainer.modules.reliability import reliability
@@ -111,12 +111,14 @@ class ScoredModule(LightningModule):
     def evaluation_step(self, batch: TripletBatch) -> Prediction:
         """Predict, score every target at native resolution, and keep the rows."""
         prediction = self.predict_masks(batch)
-        for q, (position, target) in enumerate(batch.identities):
-            if not self.counts(batch, q):
-                continue
-            image, mask, truth = int(batch.image_index[q]), prediction.masks[q], batch.masks[q]
+        identities, images = batch.identities, batch.image_index.tolist()
+        scored = [q for q in range(len(identities)) if self.counts(batch, q)]
+        # surfaces are compared on the CPU: there all is, after one wait for each side instead of five a target
+        masks, truths = (on_host([kind[q] for q in scored]) for kind in (prediction.masks, batch.masks))
+        for q, mask, truth in zip(scored, masks, truths, strict=True):
+            (position, target), image = identities[q], images[q]
             origin = batch.provenances[image]
-            dsc, iou = overlap(mask[None], truth[None].to(self.device))
+            dsc, iou = overlap(mask[None], truth[None])
             score = CaseScore(
                 key=batch.keys[image],
                 target=target,
@@ -126,7 +128,7 @@ class ScoredModule(LightningModule):
                 dsc=float(dsc),
                 iou=float(iou),
                 dataset=origin.dataset,
-                nsd=nsd(mask.cpu().numpy(), truth.cpu().numpy(), TOLERANCE, origin.spacing or (1.0, 1.0)),
+                nsd=nsd(mask.numpy(), truth.numpy(), TOLERANCE, origin.spacing or (1.0, 1.0)),
                 tolerance=f"{TOLERANCE:g} {'mm' if origin.spacing else 'px'}",
             )
             self.scores.append((position, score))
