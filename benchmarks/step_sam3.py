@@ -173,7 +173,7 @@ def main() -> None:
         shape = SAM3(TINY if quick else None, side_of(quick), weights=None)
     one, two = (step_flops(SAM3Module(shape), 1, count).model for count in (1, 2))
     flops = images * (2 * one - two + prompts * (two - one))
-    track = Track(place, "bf16", images, prompts, values.rounds or (3 if on_gpu else 5), values.steps or 2, rate)
+    track = Track(place, "bf16", images, prompts, values.rounds or 3, values.steps or 2, rate)
     rows: list[Row] = []
     left_out: list[str] = []
     ways = (("recomputed",), ("kept",), *(() if quick and not on_gpu else (("compiled",),)))

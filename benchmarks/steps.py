@@ -68,8 +68,7 @@ def medsam(
 ) -> MedSAMModule:
     """MedSAM in training as recipes/medsam/full.yaml trains it, with random weights and no zero among them."""
     torch.manual_seed(seed)
-    with device:
-        model = MedSAM(shape or VARIANTS["vit_b"], side, weights=None)
+    model = MedSAM(shape or VARIANTS["vit_b"], side, weights=None)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():  # positions begin as zeros: they would hide a mistake
@@ -221,8 +220,7 @@ class PublishedStep:
 
         model, device = module.model, module.device
         assert isinstance(model, MedSAM)
-        with device:
-            self.model = PublishedMedSAM(model.preprocessing.image_size, model.shape).train()
+        self.model = PublishedMedSAM(model.preprocessing.image_size, model.shape).to(device).train()
         plain = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items()}
         self.module = module
         self.model.load_state_dict(to_original({n: t for n, t in plain.items() if ".lora_" not in n}))

@@ -447,12 +447,14 @@ def test_the_last_line_is_what_the_docstring_says(name: str, size: tuple[str, ..
 def test_every_benchmark_is_run_above() -> None:
     assert NAMES == [
         "ablation.py",
+        "attention.py",
         "checkpoint.py",
         "decoders.py",
         "exports.py",
         "index.py",
         "loader.py",
         "matcher.py",
+        "memory.py",
         "metrics.py",
         "overhead.py",
         "pairs.py",
