@@ -138,7 +138,7 @@ def main() -> None:
         flush=True,
     )
     del ours, published, module
-    packed = packing(128 if values.quick else 256, values.rounds or (2 if values.quick else 9), place)
+    packed = packing(128 if values.quick else 256, values.rounds or (1 if values.quick else 9), place)
     print(f"LiteMedSAM at {packed['image_size']} px: packed {packed['ratio']:.2f} times the pairs/s of single ones")
     needed = BARS[place.type]
     finish(
