@@ -14,6 +14,7 @@ TRAINER_LAYERS = (
     ("trainer.cli",),
     ("trainer.ablation",),
     ("trainer.launch",),
+    ("trainer.profile",),
     ("trainer.plan",),
     (
         "trainer.lightning_cli",

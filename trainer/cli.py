@@ -15,6 +15,7 @@ usage: trainer COMMAND ...
 Fine-tune segmentation foundation models for medicine.
 
   plan         say what a recipe trains       trainer plan recipes/medsam/full.yaml
+  profile      say where a step's time goes   trainer profile recipes/quickstart.yaml
   fit          train from a recipe            trainer fit -c recipes/quickstart.yaml
   validate     score the validation split     trainer validate -c RECIPE --ckpt_path last
   test         score the test split           trainer test -c RECIPE [--ckpt_path last]
@@ -45,7 +46,7 @@ Mistakes in the input end with one line and exit code 2.
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (
-    *("plan", *LIGHTNING_COMMANDS, "evaluate", "compare", "ablate"),
+    *("plan", "profile", *LIGHTNING_COMMANDS, "evaluate", "compare", "ablate"),
     *("export", "consolidate", "report", "demo", "launch", "jobs"),
 )
 
@@ -88,6 +89,10 @@ def _main(arguments: list[str]) -> int:
         from trainer.plan.cli import plan_command
 
         return plan_command(rest)
+    if command == "profile":
+        from trainer.profile.cli import profile_command
+
+        return profile_command(rest)
     if command == "export":
         from trainer.export.cli import export_command
 

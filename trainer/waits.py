@@ -83,7 +83,7 @@ def _asked() -> Iterator[list[Wait]]:
         message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: str | None = None
     ) -> None:
         if "synchroniz" in str(message):
-            waits.append(Wait("waits for the GPU", _place()))
+            waits.append(Wait("waits for the GPU", place_of_caller()))
         else:
             shown(message, category, filename, lineno, file, line)
 
@@ -109,7 +109,7 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if _would_wait(func, args, kwargs):
             owner = "torch" if getattr(torch, getattr(func, "__name__", ""), None) is func else "Tensor"
-            self.waits.append(Wait(f"{owner}.{getattr(func, '__name__', func)}", _place()))
+            self.waits.append(Wait(f"{owner}.{getattr(func, '__name__', func)}", place_of_caller()))
         return func(*args, **kwargs)
 
 
@@ -128,13 +128,18 @@ def _would_wait(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     return False
 
 
-def _place() -> str:
-    """The innermost frame of this project's that is not in this file, as ``file:line``."""
+def place_of_caller(*files: str) -> str:
+    """The innermost frame of this project's that is in none of some files, as ``file:line``.
+
+    Args:
+        *files: Files that look on and do not count; this one is among them.
+    """
+    watchers = {Path(__file__), *map(Path, files)}
     frame = sys._getframe(1)
     inner: str | None = None
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path != Path(__file__) and "torch" not in path.parts and path.name != "contextlib.py":
+        if path not in watchers and "torch" not in path.parts and path.name != "contextlib.py":
             inner = inner or f"{path.name}:{frame.f_lineno}"
             if path.is_relative_to(_OURS) and "site-packages" not in path.parts:
                 return f"{path.relative_to(_OURS)}:{frame.f_lineno}"
