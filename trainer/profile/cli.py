@@ -21,12 +21,12 @@ Nothing is kept: no checkpoint, no evaluation, no W&B; the run's own folder is n
 
   trainer profile recipes/quickstart.yaml
   trainer profile recipes/medsam/lora.yaml --data.init_args.train data/mine/train --data.init_args.num_workers 8
-  trainer profile recipes/sam3/medical_sam3.yaml -c recipes/overlays/own_data.yaml --steps 20 --out profiles/sam3
+  trainer profile recipes/sam3/medical_sam3.yaml --data.init_args.train data/mine/train --out profiles/sam3
 
   RECIPE, -c, --config   recipes: later ones overlay earlier ones
   --KEY VALUE            any key of the recipe, as `trainer fit` takes it
   --steps N              optimiser steps that are measured as they are; 8 by default, half as many again part by part
-  --warmup N             steps before them that do not count; 3 by default (more where blocks are compiled)
+  --warmup N             steps before them that do not count; 3 by default
   --json FILE            write the figures into FILE as JSON as well; - prints these alone
   --out FOLDER           write profile.json and trace.json, one step for chrome://tracing or ui.perfetto.dev
   -h, --help             print this
