@@ -189,8 +189,8 @@ def main() -> None:
     values = arguments(__doc__, side=0, batch=0, steps=0)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     side = values.side or (128 if values.quick else 256)
-    batch = values.batch or 4
-    steps = values.steps or (6 if values.quick else 40)
+    batch = values.batch or 1
+    steps = values.steps or (6 if values.quick else 20)
     on_gpu = device().type == "cuda"
     ways: dict[str, Callable[[Path], dict[str, Any]]] = {"run": recorded, "plain": lambda _: {"logger": False}}
     found: dict[str, Turns] = {}
