@@ -28,7 +28,7 @@ TRAINER_LAYERS = (
     ("trainer.export", "trainer.segment"),
     ("trainer.callbacks",),
     ("trainer.loggers",),
-    ("trainer.restore", "trainer.flops"),
+    ("trainer.restore", "trainer.flops", "trainer.plan.memory", "trainer.plan.activations"),
     ("trainer.modules",),
     ("trainer.tuning", "trainer.volumes", "trainer.distributed"),
     ("trainer.checkpoints",),

@@ -14,6 +14,7 @@ from trainer.callbacks.predictions import PredictionRecord
 from trainer.callbacks.probes import BoxJitterProbe
 from trainer.callbacks.progress import ProgressLines, RunBar
 from trainer.callbacks.random_state import RandomState
+from trainer.callbacks.recomputing import RecomputeToFit
 from trainer.callbacks.record import RunRecord
 from trainer.callbacks.stopping import GracefulStop
 from trainer.callbacks.stragglers import RankTimes
@@ -36,6 +37,7 @@ __all__ = [
     "ProgressLines",
     "RandomState",
     "RankTimes",
+    "RecomputeToFit",
     "RunBar",
     "RunCheckpoint",
     "RunRecord",

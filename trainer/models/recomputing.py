@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,26 @@ def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
     """Compute each of some blocks a second time in the backward pass, in training."""
     for block in blocks:
         block.forward = _Recomputed(block, block.forward)
+
+
+@contextmanager
+def recomputed_for_now(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Compute each of some blocks a second time until the context ends, to see what that saves."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    recompute_blocks(blocks)
+    try:
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                del block.forward
+            else:
+                block.forward = own
+
+
+def is_recomputed(block: nn.Module) -> bool:
+    """Whether a block is computed a second time in the backward pass, in training."""
+    return isinstance(block.forward, _Recomputed) or bool(getattr(block, "gradient_checkpointing", False))
 
 
 def wrap_forward(block: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
