@@ -19,6 +19,7 @@ from trainer.models import attention as ways
 from trainer.models.attention import RelativeAttention, chosen_way, lines
 from trainer.models.medsam import ViT, to_original
 from trainer.rehearsal import as_on_cuda
+from trainer.tuning import LoRATuning
 
 FUSED = ("sdpa", "widened", "chunked")
 GRIDS = [(8, 8), (5, 9), (1, 3), (14, 14)]
@@ -272,3 +273,55 @@ def test_flops_of_chunks_are_counted():
     (forward, both), (forward_plain, both_plain) = count("chunked"), count("eager")
     assert forward == forward_plain
     assert both_plain < both < 1.4 * both_plain  # scores and positions are computed again
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+def test_padding_that_is_not_projected_is_seen_all_the_same(lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 px make a grid of 4, which windows of 3 do not divide."""
+    torch.manual_seed(0)
+    model = MedSAM(ViT(width=32, depth=2, heads=2, global_blocks=(1,), window=3), 64, weights=None)
+    if lora:
+        LoRATuning(rank=2, targets=["query", "key", "value", "projection"]).apply(model)
+    model = model.double()
+    for parameter in model.image_encoder.parameters():  # biases and tables are zeros at first
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    block = model.image_encoder.layers[0]
+    assert isinstance(block, ways.WindowedLayer) and not isinstance(model.image_encoder.layers[1], ways.WindowedLayer)
+    tokens, weight = torch.randn(2, 4, 4, 32, dtype=torch.float64), torch.randn(2, 4, 4, 32, dtype=torch.float64)
+
+    def learnt() -> dict[str, torch.Tensor]:
+        block.zero_grad()
+        asking = tokens.clone().requires_grad_()
+        found = block(asking)
+        (found * weight).sum().backward()
+        learning = {name: p.grad.clone() for name, p in block.named_parameters() if p.grad is not None}
+        return {"output": found.detach(), "tokens": asking.grad, **learning}
+
+    ours = learnt()
+    monkeypatch.setattr(ways, "_told", lambda: True)  # transformers' own way round
+    monkeypatch.setattr(ways, "chosen_way", lambda query: "eager")
+    theirs = learnt()
+    assert ours.keys() == theirs.keys() and len(ours) > (4 if lora else 10)
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-6  # its softmax is in fp32
+
+
+def test_an_adapter_on_attention_is_given_whole_windows() -> None:
+    model = MedSAM(ViT(width=32, depth=2, heads=2, global_blocks=(1,), window=3), 64, weights=None)
+    block, seen = model.image_encoder.layers[0], []
+    handle = block.attn.register_forward_hook(
+        lambda module, given, found: seen.append(found[0].shape), with_kwargs=False
+    )
+    tokens = torch.randn(1, 4, 4, 32)
+    hooked = block(tokens)
+    handle.remove()
+    assert seen == [(4, 3, 3, 32)]
+    torch.testing.assert_close(block(tokens), hooked, rtol=1e-5, atol=1e-6)
+
+
+def test_only_tokens_are_projected() -> None:
+    model = MedSAM(ViT(width=32, depth=2, heads=2, global_blocks=(1,), window=3), 64, weights=None)
+    block, sizes = model.image_encoder.layers[0], []
+    for name in ("qkv", "proj"):
+        getattr(block.attn, name).register_forward_hook(lambda module, given, found: sizes.append(found.numel()))
+    block(torch.randn(1, 4, 4, 32))
+    assert sizes == [16 * 96, 96, 16 * 32]  # tokens, one zero, tokens: not 36

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.sam.configuration_sam import SamVisionConfig
-from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionEncoder
+from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionEncoder, SamVisionLayer
 
 from data_shards.errors import UserError
 from trainer import rehearsal
@@ -67,6 +67,35 @@ class RelativeAttention(SamVisionAttention):
         mixed = mixed.reshape(count, self.num_attention_heads, height, width, -1).permute(0, 2, 3, 1, 4)
         return self.proj(mixed.reshape(count, height, width, -1)), None
 
+    def within_windows(self, tokens: Tensor, side: int) -> Tensor:
+        """Attend within windows that do not divide the grid, as `SamVisionLayer` does by padding it with zeros.
+
+        Zeros are asked too: their keys and values are what the projection makes of a zero, and that is the same for all
+        of them. So tokens alone are projected, before and after: at 1024 px, 4096 in the place of 4900.
+
+        Args:
+            tokens: (B, H, W, C), normalised.
+            side: Side S of a window.
+
+        Returns:
+            (B, H, W, C).
+        """
+        count, height, width, channels = tokens.shape
+        down, across = -(-height // side), -(-width // side)
+        heads, qkv = self.num_attention_heads, self.qkv(tokens)
+        empty = self.qkv(tokens.new_zeros(1, 1, 1, channels))
+        right = empty.expand(count, height, across * side - width, -1)
+        below = empty.expand(count, down * side - height, across * side, -1)
+        padded = torch.cat([torch.cat([qkv, right], dim=2), below], dim=1)
+        split = padded.view(count, down, side, across, side, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        query, key, value = split.reshape(3, -1, side * side, split.shape[-1]).unbind(0)
+        rows, columns = lines(self.rel_pos_h, side), lines(self.rel_pos_w, side)
+        mixed = WAYS[self.way or chosen_way(query)](query, key, value, rows, columns, self.scale, heads)
+        mixed = mixed.view(count, down, across, heads, side, side, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        whole = mixed.reshape(count, down * side, across * side, -1)[:, :height, :width]
+        projected: Tensor = self.proj(whole)
+        return projected
+
     def get_rel_pos(self, q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
         """Positions of a grid that asks itself, as all of SAM's do: see `lines`."""
         assert q_size == k_size
@@ -76,6 +105,36 @@ class RelativeAttention(SamVisionAttention):
     def fused(self) -> bool:
         """Whether one kernel of torch's computes it where the weights are now."""
         return (self.way or chosen_way(self.rel_pos_h)) in ("sdpa", "widened", "flex")
+
+
+class WindowedLayer(SamVisionLayer):
+    """A SAM block whose windows do not divide the grid: transformers' own, but that padding is not projected.
+
+    Args:
+        plain: What it takes the place of; its parts become this one's.
+    """
+
+    def __init__(self, plain: SamVisionLayer) -> None:
+        nn.Module.__init__(self)
+        self.layer_norm1, self.attn = plain.layer_norm1, plain.attn
+        self.layer_norm2, self.mlp = plain.layer_norm2, plain.mlp
+        self.window_size = plain.window_size
+        self.train(plain.training)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Attend within windows, then the MLP.
+
+        Args:
+            hidden_states: Tokens (B, H, W, C).
+        """
+        attention = self.attn
+        watched = attention._forward_hooks or attention._forward_pre_hooks or "forward" in vars(attention)
+        if watched or _told():  # adapters on attention are given whole windows, and exports stay as they are
+            plain: Tensor = super().forward(hidden_states)
+            return plain
+        hidden_states = hidden_states + attention.within_windows(self.layer_norm1(hidden_states), self.window_size)
+        changed: Tensor = hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        return changed
 
 
 def encoder_with(config: SamVisionConfig, way: Way | None) -> SamVisionEncoder:
@@ -93,9 +152,17 @@ def encoder_with(config: SamVisionConfig, way: Way | None) -> SamVisionEncoder:
     config._attn_implementation = way if way in ("eager", "sdpa") else "eager"
     encoder = SamVisionEncoder(config)
     if way not in ("eager", "sdpa"):
-        for block in encoder.layers:
+        grid = config.image_size // config.patch_size
+        for number, block in enumerate(encoder.layers):
             block.attn = RelativeAttention(block.attn, way)
+            if block.window_size and grid % block.window_size:
+                encoder.layers[number] = WindowedLayer(block)
     return encoder
+
+
+def _told() -> bool:
+    """Whether it is written down as a graph for others."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
 def chosen_way(query: Tensor) -> Way:
@@ -109,7 +176,7 @@ def chosen_way(query: Tensor) -> Way:
     Args:
         query: Queries; only where they are and of which type is looked at.
     """
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
+    if _told():
         return "eager"
     if _needed:
         return "sdpa"
