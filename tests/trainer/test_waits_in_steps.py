@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from pretended import GPU, autocast, pretending, put_on_gpu
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_shards.batch import Sample, TripletBatch, collate
@@ -28,6 +28,7 @@ from trainer.modules import MedSAMModule, SAM2Module, SAM3Module
 from trainer.modules.medsam import per_image_mean, per_image_means
 from trainer.modules.optimization import RateSchedule, adamw, guard_gradients
 from trainer.modules.tuned import TunedModule
+from trainer.profile.rehearsed import GPU, Pretended, autocast_on_gpu, moved_to_gpu
 from trainer.prompts import (
     BoxPrompts,
     ClickPrompts,
@@ -62,13 +63,11 @@ def waits_of(module: TunedModule, batch: TripletBatch) -> list[str]:
     """Where a training step of a module waits."""
     module.log_dict = lambda *given, **named: None
     module.train()
-    with pretending() as pretended:
-        put_on_gpu(module, pretended)
-        there = batch.to(GPU, non_blocking=True)
-        with autocast():
-            loss = module.training_step(there, 0)
+    fakes, half = FakeTensorMode(allow_non_fake_inputs=True), autocast_on_gpu(True)
+    with fakes, moved_to_gpu(module), Pretended() as pretended, half:
+        loss = module.training_step(batch.to(GPU, non_blocking=True), 0)
     assert isinstance(loss, Tensor) and loss.device.type == "cuda" and loss.requires_grad
-    return pretended.waits
+    return [f"{wait.call} {wait.place}" for wait in pretended.waits]
 
 
 def medsam(**arguments: Any) -> MedSAM:
@@ -141,16 +140,15 @@ def test_a_step_of_sam3_waits_once_for_the_match(exemplars: Exemplars | None) ->
     loss = SetPredictionLoss(mask_weight=1.0, dice_weight=1.0, mask_chunk=2)
     waits = waits_of(SAM3Module(model, loss=loss, exemplars=exemplars), test_sam3_module.make_batch())
     assert len(waits) == 1
-    assert waits[0].startswith("_to_copy to cpu losses/matching.py: host = ")
+    assert waits[0].startswith("copies to the host trainer/losses/matching.py:")
 
 
 @pytest.mark.parametrize("by", ["norm", "value"])
 def test_an_optimiser_step_waits_for_nothing(by: str) -> None:
     """Clipping, fused AdamW and the schedule; at a step that is logged too."""
     logged: dict[str, Any] = {}
-    with pretending() as pretended:
-        module: Any = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 1))
-        put_on_gpu(module, pretended)
+    module: Any = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 1))
+    with FakeTensorMode(allow_non_fake_inputs=True), moved_to_gpu(module), Pretended() as pretended:
         for parameter in module.parameters():
             parameter.grad = torch.ones_like(parameter)
         made = adamw([{"params": list(module.parameters()), "lr": 1e-3}], (0.9, 0.999), RateSchedule("cosine", 2), 9)

@@ -109,17 +109,17 @@ def waits_of_step(module: TunedModule, batch: TripletBatch, half: bool) -> list[
         torch.random.fork_rng(devices=[]),
         fakes,
         quiet,
-        _moved(module),
+        moved_to_gpu(module),
         eager,
         Pretended() as pretended,
-        _autocast(half),
+        autocast_on_gpu(half),
     ):
         module.training_step(batch.to(GPU, non_blocking=True), 0)
     return pretended.waits
 
 
 @contextmanager
-def _moved(module: torch.nn.Module) -> Iterator[None]:
+def moved_to_gpu(module: torch.nn.Module) -> Iterator[None]:
     """Put a module onto a GPU that is pretended, and its own tensors back again."""
     kept = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
     devices = [(part, part.__dict__["_device"]) for part in module.modules() if "_device" in part.__dict__]
@@ -142,7 +142,7 @@ def _moved(module: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _autocast(half: bool) -> Iterator[None]:
+def autocast_on_gpu(half: bool) -> Iterator[None]:
     """bf16 on the GPU that is pretended; torch's own context asks for one that is there."""
     torch.set_autocast_enabled("cuda", half)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
