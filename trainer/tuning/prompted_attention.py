@@ -82,7 +82,7 @@ def kind_of(model: SegmentationModel, block: Block) -> Kind:
         UserError: The family is not known, or this release of its package is built otherwise.
     """
     layer, attention = type(model.get_submodule(block.name)), model.get_submodule(block.attention)
-    kind = _KINDS.get(layer.__name__)
+    kind = next((_KINDS[known.__name__] for known in layer.__mro__ if known.__name__ in _KINDS), None)
     if kind is None:
         raise UserError(f"visual prompts do not know how a {layer.__name__} attends: take another tuning method")
     made = next(known for known in type(attention).__mro__ if not known.__module__.startswith("trainer."))
