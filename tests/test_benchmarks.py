@@ -169,7 +169,7 @@ def pairs_is_sane(found: dict[str, Any]) -> bool:
         and found["lowest"] == found["highest"] == found["ratio"] > 1
         and found["bar"] == {"needed": 2.8, "met": found["ratio"] >= 2.8}
         and packing["ratio"] == pytest.approx(packing["packed"] / packing["single"], rel=0.01)
-        and 1.3 < packing["ratio"] < 3.5
+        and 1.3 < packing["ratio"] < 5
     )
 
 
