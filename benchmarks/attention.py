@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers.models.sam.configuration_sam import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionAttention
 
-from trainer.models.attention import RelativeAttention, Way, chosen_way
+from trainer.models.attention import SamVisionRelativeAttention, Way, chosen_way
 
 WIDTH, HEADS, WINDOW = 768, 12, 14
 LAYERS = {"global": 4, "windows": 8}
@@ -52,7 +52,7 @@ def modules(side: int, ways: list[Way], place: torch.device) -> dict[str, nn.Mod
     found: dict[str, nn.Module] = {"reference": reference}
     for way in ways:
         config = SamVisionConfig(hidden_size=WIDTH, num_attention_heads=HEADS)
-        found[way] = RelativeAttention(SamVisionAttention(config, side), way)
+        found[way] = SamVisionRelativeAttention(SamVisionAttention(config, side), way)
         found[way].load_state_dict(reference.state_dict())
     return {name: module.to(place) for name, module in found.items()}
 

@@ -16,7 +16,7 @@ from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSd
 from data_shards.errors import UserError
 from trainer.models import MedSAM, attention_chunks
 from trainer.models import attention as ways
-from trainer.models.attention import RelativeAttention, chosen_way, lines
+from trainer.models.attention import SamVisionRelativeAttention, chosen_way, lines
 from trainer.models.medsam import ViT, to_original
 from trainer.rehearsal import as_on_cuda
 from trainer.tuning import LoRATuning
@@ -70,7 +70,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(way, grid, dtype, limi
     module = plain(*grid, dtype=dtype)
     tokens, weight = (torch.randn(3, *grid, 16, dtype=dtype) for _ in range(2))
     theirs = answers(module if dtype == torch.float32 else official(module, grid), tokens, weight)
-    assert apart(answers(RelativeAttention(module, way), tokens, weight), theirs) < limit
+    assert apart(answers(SamVisionRelativeAttention(module, way), tokens, weight), theirs) < limit
 
 
 @pytest.mark.parametrize("way", FUSED)
@@ -79,14 +79,14 @@ def test_autocast_is_as_far_from_exact_as_the_plain_form(way):
     tokens, weight = (torch.randn(3, 9, 9, 16) for _ in range(2))
     exact = answers(module, tokens, weight)
     error = apart(answers(module, tokens, weight, autocast=True), exact)
-    found = answers(RelativeAttention(copy.deepcopy(module), way), tokens, weight, autocast=True)
+    found = answers(SamVisionRelativeAttention(copy.deepcopy(module), way), tokens, weight, autocast=True)
     assert found["output"].dtype == torch.bfloat16
     assert 0 < apart(found, exact) < 1.5 * error
 
 
 @pytest.mark.parametrize("scores", [1, 7 * 49, 2**20])
 def test_chunks_of_any_size_give_the_same(scores, monkeypatch):
-    module = RelativeAttention(plain(7, 7), "chunked")
+    module = SamVisionRelativeAttention(plain(7, 7), "chunked")
     tokens, weight = (torch.randn(4, 7, 7, 16, dtype=torch.float64) for _ in range(2))
     expected = answers(module, tokens, weight)
     monkeypatch.setattr(attention_chunks, "SCORES", scores)
@@ -94,7 +94,7 @@ def test_chunks_of_any_size_give_the_same(scores, monkeypatch):
 
 
 def test_chunks_are_one_deterministic_operation():
-    module = RelativeAttention(plain(7, 7, dtype=torch.float32), "chunked")
+    module = SamVisionRelativeAttention(plain(7, 7, dtype=torch.float32), "chunked")
     tokens, weight = (torch.randn(4, 7, 7, 16) for _ in range(2))
     first, second = (answers(module, tokens, weight) for _ in range(2))
     assert all(first[name].equal(second[name]) for name in first)
@@ -104,7 +104,7 @@ def test_chunks_are_one_deterministic_operation():
 
 
 def test_chunks_keep_no_scores():
-    module = RelativeAttention(plain(16, 16, dtype=torch.float32), "chunked")
+    module = SamVisionRelativeAttention(plain(16, 16, dtype=torch.float32), "chunked")
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
         module(torch.randn(1, 16, 16, 16, requires_grad=True))
@@ -119,7 +119,7 @@ def test_a_table_of_another_length_is_interpolated_as_the_reference_does(way, si
     reference = official(module, (8, 8))
     tokens, weight = (torch.randn(2, height, width, 16, dtype=torch.float64) for _ in range(2))
     theirs = answers(reference, tokens, weight)
-    assert apart(answers(RelativeAttention(module, way), tokens, weight), theirs) < 1e-10
+    assert apart(answers(SamVisionRelativeAttention(module, way), tokens, weight), theirs) < 1e-10
 
 
 def test_lines_are_in_the_order_of_distances():
@@ -186,7 +186,7 @@ def test_sdpa_means_what_transformers_calls_so():
     theirs = SamVisionSdpaAttention.__new__(SamVisionSdpaAttention)
     theirs.__dict__.update(module.__dict__)
     tokens = torch.randn(2, 5, 5, 16, dtype=torch.float64)
-    assert theirs(tokens)[0].sub(RelativeAttention(module, "sdpa")(tokens)[0]).abs().max() < 1e-12
+    assert theirs(tokens)[0].sub(SamVisionRelativeAttention(module, "sdpa")(tokens)[0]).abs().max() < 1e-12
 
 
 def test_widened_asks_flash_for_equal_heads_in_multiples_of_eight(monkeypatch):
@@ -198,7 +198,7 @@ def test_widened_asks_flash_for_equal_heads_in_multiples_of_eight(monkeypatch):
         lambda *parts, **named: asked.append((parts, named)) or kernel(*parts, **named),
     )
     for dtype in (torch.bfloat16, torch.float32):
-        module = RelativeAttention(plain(14, 14, channels=64, dtype=dtype), "widened")
+        module = SamVisionRelativeAttention(plain(14, 14, channels=64, dtype=dtype), "widened")
         module(torch.randn(1, 14, 14, 128, dtype=dtype))
     shapes = [tuple(part.shape[-1] for part in parts) for parts, _ in asked]
     assert shapes == [(96, 96, 96), (96, 96, 64)]
@@ -263,7 +263,7 @@ def test_recomputed_blocks_give_the_same_gradients():
 
 def test_flops_of_chunks_are_counted():
     def count(way):
-        module = RelativeAttention(plain(8, 8, dtype=torch.float32), way)
+        module = SamVisionRelativeAttention(plain(8, 8, dtype=torch.float32), way)
         with FlopCounterMode(display=False) as counter:
             out = module(torch.randn(2, 8, 8, 16))[0]
             forward = counter.get_total_flops()

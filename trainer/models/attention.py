@@ -32,7 +32,7 @@ FLASH = 256
 _needed = False
 
 
-class RelativeAttention(SamVisionAttention):
+class SamVisionRelativeAttention(SamVisionAttention):
     """Attention of a SAM block: transformers' own, with its names and weights, computed in any of the ways.
 
     Args:
@@ -138,7 +138,7 @@ class WindowedLayer(SamVisionLayer):
 
 
 def encoder_with(config: SamVisionConfig, way: Way | None) -> SamVisionEncoder:
-    """Make a SAM encoder: ``eager`` and ``sdpa`` are transformers' own classes, the rest is `RelativeAttention`.
+    """Make a SAM encoder: ``eager`` and ``sdpa`` are transformers' own classes, the rest is `SamVisionRelativeAttention`.
 
     Args:
         config: Its shape.
@@ -154,7 +154,7 @@ def encoder_with(config: SamVisionConfig, way: Way | None) -> SamVisionEncoder:
     if way not in ("eager", "sdpa"):
         grid = config.image_size // config.patch_size
         for number, block in enumerate(encoder.layers):
-            block.attn = RelativeAttention(block.attn, way)
+            block.attn = SamVisionRelativeAttention(block.attn, way)
             if block.window_size and grid % block.window_size:
                 encoder.layers[number] = WindowedLayer(block)
     return encoder
