@@ -138,7 +138,7 @@ class WindowedLayer(SamVisionLayer):
 
 
 def encoder_with(config: SamVisionConfig, way: Way | None) -> SamVisionEncoder:
-    """Make a SAM encoder: ``eager`` and ``sdpa`` are transformers' own classes, the rest is `SamVisionRelativeAttention`.
+    """Make a SAM encoder: ``eager`` and ``sdpa`` are transformers' own, the rest is `SamVisionRelativeAttention`.
 
     Args:
         config: Its shape.
