@@ -3,6 +3,7 @@
 #
 #   benchmarks/gpu_suite.sh                      # ten minutes at most; everything to benchmarks/results/gpu_suite.json
 #   benchmarks/gpu_suite.sh FOLDER               # the JSON goes to another folder
+#   benchmarks/gpu_suite.sh FOLDER --only pairs  # some of the benchmarks
 #   WHEELS=wheels benchmarks/gpu_suite.sh        # packages that the machine lacks, from a folder of wheels
 #   PYTHON=python3.12 benchmarks/gpu_suite.sh    # another interpreter
 #
@@ -43,4 +44,4 @@ if [[ -n ${WHEELS:-} ]]; then
   paths=$paths:$scratch/site
 fi
 export PYTHONPATH=$paths${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-mkdir -p "$out" && "$python" "$here/suite.py" --out "$out/gpu_suite.json"
+mkdir -p "$out" && "$python" "$here/suite.py" --out "$out/gpu_suite.json" "${@:2}"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -18,6 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from trainer import hardware
+from trainer.hardware import settle as settle
 
 Name = TypeVar("Name")
 
@@ -103,50 +104,20 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def settle(place: torch.device) -> None:
-    """Wait until a device has done all that it was told."""
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
-
-
 def matmul_rate(place: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
-    """What a device reaches in one large matrix product, in 10¹² FLOP/s: what a model's use of it is measured against.
-
-    Args:
-        place: The device.
-        dtype: Of the matrices: side 8192 on a GPU, 2048 on a CPU.
-    """
+    """What a device reaches in one large matrix product, in 10¹² FLOP/s: see `trainer.hardware.matmul_rate`."""
     side, repeats = (8192, 20) if place.type == "cuda" else (2048, 3)
-    one, other = (torch.randn(side, side, device=place).to(dtype) for _ in range(2))
-    rates = []
-    for round_ in range(4):
-        settle(place)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            one @ other
-        settle(place)
-        if round_:  # the first one warms up
-            rates.append(2 * side**3 * repeats / (time.perf_counter() - start) / 1e12)
-    return max(rates)
+    return hardware.matmul_rate(place, dtype, [side], rounds=3, repeats=repeats)
 
 
 def machine() -> str:
     """The machine in words: its GPU if it has one, its processor and how many cores this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [f"{cores} cores of {_processor()}", f"torch {torch.__version__}", f"Python {platform.python_version()}"]
+    own = f"{hardware.cores()} cores of {hardware.processor()}"
+    parts = [own, f"torch {torch.__version__}", f"Python {platform.python_version()}"]
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         parts.insert(0, f"{torch.cuda.get_device_name()} ({memory:.0f} GiB)")
     return ", ".join(parts)
-
-
-def _processor() -> str:
-    """The processor's name; its kind where the system does not say."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.machine()
 
 
 def say(text: str) -> None:

@@ -29,12 +29,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from measuring import arguments, device, finish, say
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
+from steps import PublishedMedSAM
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -49,51 +48,23 @@ SMALL = ViT(width=64, depth=3, heads=2, global_blocks=(1,), window=3)
 Step = Callable[[int], Tensor]
 
 
-class Reference(nn.Module):
-    """The modules and the loss of MedSAM's own loop."""
+class Reference(PublishedMedSAM):
+    """The modules of MedSAM's own loop, and its loss."""
 
     def __init__(self, shape: ViT, side: int) -> None:
-        super().__init__()
-        grid, self.side = side // shape.patch, side
-        self.image_encoder = ImageEncoderViT(
-            img_size=side,
-            embed_dim=shape.width,
-            depth=shape.depth,
-            num_heads=shape.heads,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=shape.window,
-            global_attn_indexes=shape.global_blocks,
-        )
-        self.prompt_encoder = PromptEncoder(256, (grid, grid), (side, side), 16)
-        self.mask_decoder = MaskDecoder(
-            transformer_dim=256,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=256, num_heads=8, mlp_dim=2048),
-        )
+        super().__init__(side, shape)
+        self.side = side
 
-    def forward(self, images: int) -> Tensor:
+    def loss(self, images: int) -> Tensor:
         """Loss of a pass over made-up images."""
         place = self.mask_decoder.iou_token.weight.device
-        features = self.image_encoder(torch.zeros(images, 3, self.side, self.side, device=place))
-        with torch.no_grad():
-            sparse, dense = self.prompt_encoder(None, torch.zeros(images, 4, device=place), None)
-        low = [  # the package's decoder takes many prompts of one image
-            self.mask_decoder(
-                image_embeddings=features[image : image + 1],
-                image_pe=self.prompt_encoder.get_dense_pe(),
-                sparse_prompt_embeddings=sparse[image : image + 1],
-                dense_prompt_embeddings=dense[image : image + 1],
-                multimask_output=False,
-            )[0]
-            for image in range(images)
-        ]
-        logits = F.interpolate(torch.cat(low), (self.side, self.side), mode="bilinear", align_corners=False)
+        logits = self(torch.zeros(images, 3, self.side, self.side, device=place), torch.zeros(images, 4, device=place))
         truth = torch.zeros_like(logits)
         return dice(logits, truth) + F.binary_cross_entropy_with_logits(logits, truth)
 
 
 def dice(logits: Tensor, truth: Tensor) -> Tensor:
-    """Soft Dice loss with squares below, as `monai.losses.DiceLoss(sigmoid=True, squared_pred=True)`."""
+    """Soft Dice loss, squares below, as `monai.losses.DiceLoss`, which asks its tensors for values: these have none."""
     shares = logits.sigmoid()
     overlap = (shares * truth).sum((2, 3))
     return (1 - (2 * overlap + 1e-5) / (shares.square().sum((2, 3)) + truth.square().sum((2, 3)) + 1e-5)).mean()
@@ -102,7 +73,7 @@ def dice(logits: Tensor, truth: Tensor) -> Tensor:
 def steps(shape: ViT, side: int) -> dict[str, tuple[nn.Module, Step]]:
     """Both modules, and what gives the loss of so many images."""
     ours, theirs = MedSAMModule(MedSAM(shape, side, weights=None)), Reference(shape, side)
-    return {"ours": (ours, lambda images: ours.rehearse(images, 1)), "reference": (theirs, theirs)}
+    return {"ours": (ours, lambda images: ours.rehearse(images, 1)), "reference": (theirs, theirs.loss)}
 
 
 def saved(module: nn.Module, step: Step, images: int, place: torch.device, dtype: torch.dtype) -> int:

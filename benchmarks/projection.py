@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from measuring import finish, say
 
+from trainer.flops import step_flops
 from trainer.models import MedSAM
 from trainer.modules import MedSAMModule
 
@@ -86,26 +87,11 @@ def full_size(quick: bool) -> dict[str, Any]:
 
 def count(module: Any) -> Size:
     """Count parameters, groups and operations."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
-    from trainer.rehearsal import faked
-
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter knows those of GPUs
-    known = {
-        attention: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: (
-            sdpa_backward_flop_count(*shapes[:4])
-        ),
-    }
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     module.train()
-    with faked(module, mode), mode, FlopCounterMode(display=False, custom_mapping=known) as counter:
-        module.rehearse(1, 1).backward()
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     groups = 1 + sum(map(len, module.model.block_kinds().values()))
     total, learns = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
-    return Size(total, learns, groups, counter.get_total_flops() / 1e12)
+    return Size(total, learns, groups, step_flops(module, 1, 1).model / 1e12)
 
 
 @dataclass(frozen=True)

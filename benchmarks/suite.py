@@ -65,9 +65,9 @@ class Part:
 
 PARTS = (
     Part("step_medsam", 190, LOOP, "--seconds 150", "--quick --side 64 --depth 2 --rounds 1"),
-    Part("step_sam3", 120, (), "--seconds 90", "--quick --images 1 --prompts 2 --rounds 1 --steps 1"),
+    Part("step_sam3", 120, (), "--seconds 90", "--quick --images 2 --prompts 2 --steps 1 --rounds 1"),
     Part("step_sam2", 90, ("sam2", "monai"), "--seconds 65", "--quick --side 64 --rounds 1 --cases 1"),
-    Part("pairs", 60, LOOP, "", "--quick --side 64 --depth 2 --rounds 1"),
+    Part("pairs", 60, LOOP, "", "--quick --rounds 1 --side 64 --depth 2"),
     Part("attention", 60, (), "", "--quick --side 8 --rounds 1"),
     Part("memory", 45, (), "", "--quick --side 64 --depth 2"),
     Part("matcher", 35, (), "", "--quick --prompts 4 --layers 2 --rounds 1"),

@@ -93,6 +93,14 @@ def tiny_content(shards: Path, root: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def autograd_started() -> None:
+    """Some tests pretend to have a GPU; others, in the same process, fork ranks that go backward."""
+    from trainer.rehearsal import start_autograd
+
+    start_autograd()
+
+
 @pytest.fixture
 def tiny_recipe(tiny_shards: Path, tmp_path: Path) -> Path:
     """The tiny recipe as a file; its run goes to ``tmp_path / "run"``."""

@@ -1,4 +1,4 @@
-"""GPUs: what their makers' data sheets say of speed, memory and power.
+"""GPUs by their makers' data sheets: speed, memory and power; and what the machine at hand is and reaches.
 
 Lightning's own table (`lightning.fabric.utilities.throughput`) is not taken: for some cards it has the rates of sparse
 matrices, twice what a training can reach, and for others those without tensor cores; MFU would be off by as much.
@@ -6,10 +6,19 @@ matrices, twice what a training can reach, and for others those without tensor c
 
 from __future__ import annotations
 
+import os
+import platform
 import re
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_shards.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -87,3 +96,53 @@ def this_gpu() -> GPU | None:
     import torch
 
     return gpu_called(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def settle(device: torch.device) -> None:
+    """Wait until a device has done all that it was told."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def matmul_rate(
+    device: torch.device, dtype: torch.dtype, sides: Sequence[int], rounds: int = 4, repeats: int = 2
+) -> float:
+    """The best rate of a device in square matrix products, in 10¹² FLOP/s: what a model's use of it is held against.
+
+    Args:
+        device: The device.
+        dtype: Of the matrices; fp32 ones are multiplied as `torch.set_float32_matmul_precision` says.
+        sides: Sides of the matrices that are tried.
+        rounds: How often each is measured, after one time to warm up.
+        repeats: Products that are measured together.
+    """
+    import torch
+
+    best = 0.0
+    for side in sides:
+        one, other = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        for round_ in range(rounds + 1):
+            settle(device)
+            started = time.perf_counter()
+            for _ in range(repeats):
+                one @ other
+            settle(device)
+            if round_:
+                best = max(best, 2 * side**3 * repeats / (time.perf_counter() - started) / 1e12)
+    return best
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The processor's name; its kind where the system does not say."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()

@@ -39,6 +39,15 @@ def on_cuda() -> bool:
     return _pretending
 
 
+def start_autograd() -> None:
+    """Start autograd's engine as this machine is, to be called before tensors pretend to be elsewhere.
+
+    Started among fake tensors, it would take their GPUs for real, have threads for them, and refuse to work in
+    processes that are forked later.
+    """
+    torch.ones((), requires_grad=True).backward()
+
+
 @contextmanager
 def rehearsing(module: nn.Module) -> Iterator[None]:
     """Make every tensor that is made a fake one, and the module's own as well, until the context ends.
@@ -48,8 +57,7 @@ def rehearsing(module: nn.Module) -> Iterator[None]:
     Args:
         module: Module on any device, the meta device too.
     """
-    # autograd's engine, where it starts among fake tensors, would refuse to work in processes forked later
-    torch.ones((), requires_grad=True).backward()
+    start_autograd()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), faked(module, mode), as_on_cuda(), mode:
         warnings.simplefilter("ignore")

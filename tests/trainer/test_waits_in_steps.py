@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -188,16 +189,18 @@ class Watched(Callback):
     def __init__(self) -> None:
         self.reads = Reads()
         self.steps = 0
+        self.within, self.watches = ExitStack(), False
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == 1:
-            self.reads.__enter__()
+        if trainer.global_step == 1 and not self.watches:
+            self.within.enter_context(self.reads)
+            self.watches = True
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         self.steps += 1
 
     def on_train_end(self, trainer: Any, *_: Any) -> None:
-        self.reads.__exit__(None, None, None)
+        self.within.close()
 
 
 def test_lightning_reads_no_value_between_logged_steps(

@@ -73,6 +73,11 @@ def is_recomputed(block: nn.Module) -> bool:
     return isinstance(block.forward, _Recomputed) or bool(getattr(block, "gradient_checkpointing", False))
 
 
+def plain_forward(block: nn.Module) -> Callable[..., Any]:
+    """A block's forward pass without what recomputes it."""
+    return block.forward.forward if isinstance(block.forward, _Recomputed) else block.forward
+
+
 def wrap_forward(block: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Put something around a block's forward pass; inside of its recomputation, where there is one."""
     if isinstance(block.forward, _Recomputed):

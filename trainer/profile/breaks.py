@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from trainer.models import SegmentationModel
-from trainer.models.recomputing import _Recomputed
+from trainer.models.recomputing import plain_forward
 
 Inputs = dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
 
@@ -72,9 +72,7 @@ def graph_breaks(inputs: Inputs, context: AbstractContextManager[Any]) -> list[d
 
 def _plain(block: nn.Module) -> Any:
     """A block's forward pass without what recomputes or compiles it."""
-    forward: Any = block.forward
-    if isinstance(forward, _Recomputed):
-        forward = forward.forward
+    forward = plain_forward(block)
     return getattr(forward, "_torchdynamo_orig_callable", forward)
 
 

@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from data_shards.batch import TripletBatch
 from trainer.callbacks.throughput import PassCost
-from trainer.profile.sections import Clock, settle
+from trainer.hardware import settle
+from trainer.profile.sections import Clock
 from trainer.waits import Wait, watching
 
 WARM_UP, PLAIN, BY_PART, TRACED, WATCHED = "warming up", "as it is", "by part", "traced", "waits"

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from data_shards.batch import TripletBatch
 from trainer.modules.tuned import TunedModule
+from trainer.rehearsal import start_autograd
 from trainer.waits import Wait, place_of_caller
 
 GPU = torch.device("cuda", 0)
@@ -103,6 +104,7 @@ def waits_of_step(module: TunedModule, batch: TripletBatch, half: bool) -> list[
         batch: A batch on the CPU.
         half: Whether it is computed in bf16.
     """
+    start_autograd()
     quiet = mock.patch.object(module, "log_dict", lambda *_, **__: None)
     eager, fakes = torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True)
     with (

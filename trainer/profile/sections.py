@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from data_shards.loader import TripletLoader
+from trainer.hardware import settle
 from trainer.models import Preprocessing
 from trainer.modules.tuned import TunedModule
 
@@ -26,12 +27,6 @@ PARTS = (
     *(OPTIMIZER, LOGGING, REST),
 )
 """In the order in which a step comes to them."""
-
-
-def settle(device: torch.device) -> None:
-    """Wait until a device has done all that it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Clock:
