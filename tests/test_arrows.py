@@ -28,6 +28,7 @@ TRAINER_LAYERS = (
     ("trainer.export", "trainer.segment"),
     ("trainer.callbacks",),
     ("trainer.loggers",),
+    ("trainer.plan.recompute",),
     ("trainer.restore", "trainer.flops", "trainer.plan.memory", "trainer.plan.activations"),
     ("trainer.modules",),
     ("trainer.tuning", "trainer.volumes", "trainer.distributed"),

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from data_shards.errors import UserError
 from trainer.hardware import GPUS
 from trainer.plan.cost import HOST, MFU, PUE, Machine, bill, length, machine_of, speed
-from trainer.plan.memory import GIB, MOST_IMAGES, Sharing, most_images, parts, sharing_of
+from trainer.plan.memory import GIB, MOST_IMAGES, RESERVE, Sharing, most_images, parts, sharing_of
 from trainer.plan.options import read_options
 
 Command = Callable[..., tuple[int, str, str]]
@@ -237,3 +238,31 @@ def test_what_nothing_makes_fit(large: tuple[Any, ...], trainer_command: Command
     assert code == 2 and err.count("\n") == 1
     found = re.search(r"nothing makes it fit; the least is [\d.]+ MiB, with (.*): take larger GPUs", err)
     assert found and ("FSDP2" in found[1] or "fsdp2.yaml" in found[1]), err
+
+
+def test_what_recomputing_to_fit_will_do_is_planned(
+    large: tuple[Any, ...], trainer_command: Command, tmp_path: Path
+) -> None:
+    """As many blocks as the training itself chooses; the knob that computes all twice is not offered besides."""
+    overlay = tmp_path / "fit.yaml"
+
+    def write(memory: float) -> None:
+        callback = {"class_path": "trainer.callbacks.RecomputeToFit", "init_args": {"memory_gib": memory}}
+        overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+
+    write(1.0)
+    plan = ("plan", *large, "-c", overlay)
+    code, out, _ = trainer_command(*plan, "--json", "-")
+    assert code == 0 and json.loads(out)["memory_parts"]["recomputed"] is None
+    held = json.loads(out)["memory_parts"]["parts"]
+    memory = round((sum(held.values()) - 0.2 * held["activations"]) / (1 - RESERVE) / GIB, 4)
+    code, out, err = trainer_command(*plan, "--memory", memory, "--devices", 1)
+    assert (code, err) == (0, ""), err
+    chosen = re.search(r"RecomputeToFit: (\d+) of (\d+) blocks are computed twice", out)
+    assert chosen and 0 < int(chosen[1]) < int(chosen[2])
+    write(memory)
+    step = ("--data.init_args.batch_size", 4)  # there are not 16 images
+    code, out, err = trainer_command("fit", "-c", *large, "-c", overlay, "--trainer.max_steps", 1, *step)
+    assert code == 0 and chosen[0] in out, err
+    code, _, err = trainer_command(*plan, "--memory", 0.05)
+    assert code == 2 and err.count("\n") == 1 and "recompute.yaml" not in err and "checkpoint_activations" not in err

@@ -13,13 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from data_shards.datamodule import TripletDataModule
 from data_shards.errors import UserError
 from trainer.callbacks import RecomputeToFit
-from trainer.callbacks.recomputing import fewest
 from trainer.models import MedSAM
 from trainer.models.medsam import ViT
 from trainer.models.recomputing import is_recomputed, recomputed_for_now
 from trainer.modules import MedSAMModule
 from trainer.plan.activations import pass_bytes
 from trainer.plan.memory import GIB, RESERVE, Sharing, parts
+from trainer.plan.recompute import fewest
 
 SHAPE = ViT(width=64, depth=4, heads=2, global_blocks=(1, 3), window=4)
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 
 from data_shards.errors import UserError
 from trainer.callbacks.ema import EMA
 from trainer.distributed import FSDP2
-from trainer.models.recomputing import is_recomputed, recompute_blocks, recomputed_for_now
+from trainer.models.recomputing import recompute_blocks
 from trainer.modules.tuned import TunedModule
-from trainer.plan.activations import pass_bytes
 from trainer.plan.memory import GIB, Sharing, parts, usable
+from trainer.plan.recompute import choose
 
 
 class RecomputeToFit(Callback):
@@ -53,33 +51,23 @@ class RecomputeToFit(Callback):
         if stage != "fit" or self.recomputed is not None:
             return
         assert isinstance(pl_module, TunedModule)
-        blocks = _blocks(pl_module)
         room = usable(self._memory(pl_module))
         images = int(trainer.datamodule.micro_batch_size)
         frames = int(getattr(trainer.datamodule, "clip_length", 1))
         clip = {"frames": frames} if frames > 1 else {}
         rehearsed = partial(pl_module.rehearse, images, self._prompts(trainer, pl_module), **clip)
         averaged = any(isinstance(callback, EMA) for callback in trainer.callbacks)
-        sharing = sharing_in(trainer)
-
-        def taken(count: int) -> int:
-            with recomputed_for_now(blocks[:count]), torch.compiler.set_stance("force_eager"):
-                activations = pass_bytes(pl_module, rehearsed, str(trainer.precision))
-            return sum(parts(pl_module, averaged, sharing, activations).values())
-
-        self.recomputed, needed = fewest(taken, len(blocks), room)
-        if needed > room:
+        kept = sum(parts(pl_module, averaged, sharing_in(trainer), 0).values())
+        chosen = choose(pl_module, rehearsed, str(trainer.precision), room - kept)
+        self.recomputed, needed = chosen.count, kept + chosen.activations
+        if not chosen.fits:
             raise UserError(
-                f"RecomputeToFit: with all {len(blocks)} blocks computed twice a step of {images} images takes "
+                f"RecomputeToFit: with all {chosen.count} blocks computed twice a step of {images} images takes "
                 f"{needed / GIB:.3g} GiB of {room / GIB:.3g}: lower data.init_args.micro_batch_size; see trainer plan"
             )
-        recompute_blocks(blocks[: self.recomputed])
+        recompute_blocks(chosen.blocks[: chosen.count])
         if trainer.is_global_zero:
-            print(
-                f"RecomputeToFit: {self.recomputed} of {len(blocks)} blocks are computed twice: a step takes "
-                f"{needed / GIB:.3g} of {room / GIB:.3g} GiB",
-                flush=True,
-            )
+            print(f"RecomputeToFit: {chosen}: a step takes {needed / GIB:.3g} of {room / GIB:.3g} GiB", flush=True)
 
     def _memory(self, module: TunedModule) -> float:
         """The card's, in GiB."""
@@ -102,22 +90,6 @@ class RecomputeToFit(Callback):
         return int(asked) + int(getattr(trainer.datamodule, "negatives_per_image", 0) or 0)
 
 
-def _blocks(module: TunedModule) -> list[nn.Module]:
-    """A model's transformer blocks, the image encoder's first.
-
-    Raises:
-        UserError: Some are computed twice already.
-    """
-    kinds: dict[str, Sequence[nn.Module]] = {**module.model.block_kinds()}
-    first = kinds.pop(module.model.encoder)
-    blocks = [*first, *(block for others in kinds.values() for block in others)]
-    if any(map(is_recomputed, blocks)):
-        raise UserError(
-            "RecomputeToFit chooses the blocks itself: set the model's checkpoint_activations to false, or leave it out"
-        )
-    return blocks
-
-
 def sharing_in(trainer: Trainer) -> Sharing:
     """How the ranks of a training share its model."""
     strategy: Any = trainer.strategy
@@ -127,25 +99,3 @@ def sharing_in(trainer: Trainer) -> Sharing:
         return Sharing("fsdp2", ranks, ranks // copies, strategy.reshard_after_forward)
     view = bool(getattr(strategy, "_ddp_kwargs", {}).get("gradient_as_bucket_view"))
     return Sharing("ddp" if ranks > 1 else "alone", ranks, view=view)
-
-
-def fewest(taken: Callable[[int], int], most: int, room: int) -> tuple[int, int]:
-    """The fewest recomputed blocks with which it fits.
-
-    Args:
-        taken: Bytes by recomputed blocks: fewer the more there are.
-        most: All blocks.
-        room: Bytes that there are.
-
-    Returns:
-        How many, and the bytes then; all of them where that does not fit either.
-    """
-    low, high, found = 0, most, {0: taken(0)}
-    if found[0] <= room:
-        return 0, found[0]
-    found[most] = taken(most)
-    while found[most] <= room and high - low > 1:
-        middle = (low + high) // 2
-        found[middle] = taken(middle)
-        low, high = (low, middle) if found[middle] <= room else (middle, high)
-    return high, found[high]

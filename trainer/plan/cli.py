@@ -59,7 +59,8 @@ weights, gradients, AdamW's moments and an average for the whole run, activation
 lies between the corners of the table is interpolated: right, or some 5 % too high. A prompt is a target in MedSAM, and
 in SAM3 a concept with one instance and a text of its own.
 What one of several GPUs holds counts DDP's second copy of the gradients, or with FSDP2 a share of weights, gradients
-and moments, and the blocks that are gathered at a time. A card counts as filled at nine tenths of its size: the CUDA
+and moments, and the blocks that are gathered at a time; of a recipe with RecomputeToFit it has as many blocks computed
+twice as the training will choose there. A card counts as filled at nine tenths of its size: the CUDA
 context and libraries' workspaces take about 1 GiB, and the allocator wastes some.
 Evaluations and the first minutes of a job are in no estimate of time.
 Mistakes in the recipe end with one line and exit code 2.
@@ -128,6 +129,9 @@ def reckon(made: PlanCLI, plan: dict[str, Any], options: Options, machine: Machi
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         plan["notes"].append(f"no table of memory: a pass cannot be run on tensors without content ({why})")
         return None
+    if made.to_fit:
+        unknown = "" if machine.memory else "; --gpu NAME or --memory GB says how many blocks that is"
+        plan["notes"].append(f"RecomputeToFit computes blocks twice as the GPU asks for: not in the table{unknown}")
     found = plan["memory_parts"] = verdict(made, plan, machine, prompts or 1)
     return refusal(plan, machine, found, options, prompts or 1) if found["fits"] is False else None
 

@@ -90,18 +90,22 @@ def verdict(
 
     Returns:
         ``parts`` in bytes, ``total``, ``usable`` (None where the machine's memory is not known), ``fits``, ``sharing``,
+        ``recomputed`` (what `RecomputeToFit` does, in words; None likewise, and where the recipe has none),
         ``largest`` (images a pass; None likewise) and ``largest_dividing``, the largest of which the step is made up.
     """
     own, batch = plan["step"]["micro_batch"], plan["step"]["images"]
+    room = None if machine.memory is None else usable(machine.memory)
+    made.put_on(machine.devices, room)
+    chosen = made.recomputed(plan, own, prompts)
     parts = made.parts(machine.devices, made.pass_bytes(plan, own, prompts))
     total = sum(parts.values())
-    room = None if machine.memory is None else usable(machine.memory)
     found: dict[str, Any] = {
         "parts": parts,
         "total": total,
         "usable": room,
         "fits": None if room is None else total <= room,
         "sharing": sharing_of(made.resolved["trainer"], machine.devices).kind,
+        "recomputed": None if chosen is None else str(chosen),
         "largest": None,
         "largest_dividing": None,
     }
@@ -122,7 +126,7 @@ def refusal(plan: Mapping[str, Any], machine: Machine, found: Mapping[str, Any],
         f"image{'s' * (micro != 1)} a pass do not fit {name}, of which {told(found['usable'])} are usable: "
     )
     least: tuple[Knob, int] | None = None
-    for knob, size in _tries(plan, found, options, prompts, list(knobs(plan, machine, options, found["sharing"]))):
+    for knob, size in _tries(plan, found, options, prompts, list(knobs(plan, machine, options, found))):
         if size <= found["usable"]:
             return f"{start}with {knob} it takes {told(size)}"
         least = (knob, size) if least is None or size < least[1] else least
@@ -147,29 +151,31 @@ def _tries(
         made = tried[words]
         if made is None:
             continue
+        made.put_on(knob.devices, found["usable"])
         static = sum(made.parts(knob.devices, 0).values())
         yield knob, static + (0 if static > found["usable"] else made.pass_bytes(plan, knob.micro, prompts))
 
 
-def knobs(plan: Mapping[str, Any], machine: Machine, options: Options, sharing: str) -> Iterator[Knob]:
+def knobs(plan: Mapping[str, Any], machine: Machine, options: Options, found: Mapping[str, Any]) -> Iterator[Knob]:
     """What may be tried, the least change first.
 
     Args:
         plan: The plan of what does not fit.
         machine: The machine.
         options: What was asked.
-        sharing: How ranks share the model now.
+        found: Its verdict: how ranks share the model now, and what is computed twice.
     """
     own, devices, batch = plan["step"]["micro_batch"], machine.devices, plan["step"]["images"]
     smaller = [micro for micro in range(own - 1, 0, -1) if batch % (micro * devices) == 0]
     least: tuple[str, ...] = (MICRO, "1") if own > 1 else ()
     recompute, lora = (_words(overlay, plan["recipes"]) for overlay in (RECOMPUTE, LORA))
+    recompute = () if found["recomputed"] else recompute  # RecomputeToFit has done so
     # the overlay takes all GPUs that there are, which no job can ask for: with a cluster file the key alone
     shard = FSDP2[1] if options.cluster is not None else _words(FSDP2, plan["recipes"])
-    shard = () if sharing == "fsdp2" else shard
+    shard = () if found["sharing"] == "fsdp2" else shard
     for micro in smaller:
         yield Knob((MICRO, str(micro)), devices, micro)
-    for micro in (own, *smaller):
+    for micro in (own, *smaller) if recompute else ():
         yield Knob((*recompute, *((MICRO, str(micro)) if micro != own else ())), devices, micro)
     if devices > 1 and shard:
         yield Knob(shard, devices, own)

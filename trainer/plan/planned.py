@@ -20,6 +20,7 @@ from trainer.modules.tuned import TunedModule
 from trainer.plan.activations import memory_at, pass_bytes
 from trainer.plan.groups import memory, parameter_groups
 from trainer.plan.memory import parts, sharing_of
+from trainer.plan.recompute import Choice, choose
 from trainer.recipe import explain
 from trainer.restore import build, instantiate, without_weights
 from trainer.run import opening
@@ -68,7 +69,10 @@ class PlanCLI(ReadCLI):
         self.own_names = {name for name, _ in untouched.named_parameters()}
         callbacks = self.resolved["trainer"].get("callbacks") or []
         self.averaged = any(str(node.get("class_path", "")).endswith(".EMA") for node in callbacks)
+        self.to_fit: bool = any(str(node.get("class_path", "")).endswith(".RecomputeToFit") for node in callbacks)
+        self._room: tuple[int, int] | None = None
         self._passes: dict[tuple[int, int], int] = {}
+        self._chosen: dict[tuple[int, int], Choice] = {}
 
     def plan(self, devices: int | None = None) -> dict[str, Any]:
         """The plan, as JSON.
@@ -109,10 +113,36 @@ class PlanCLI(ReadCLI):
 
     def pass_bytes(self, plan: Mapping[str, Any], images: int, prompts: int) -> int:
         """What a pass takes beside weights and gradients; measured once."""
+        if (chosen := self.recomputed(plan, images, prompts)) is not None:
+            return chosen.activations
         if (images, prompts) not in self._passes:
             step = partial(self.module.rehearse, images, prompts, **_clip(plan))
             self._passes[images, prompts] = pass_bytes(self.module, step, plan["precision"])
         return self._passes[images, prompts]
+
+    def put_on(self, devices: int, room: int | None) -> None:
+        """Say where it is to run: what `RecomputeToFit` would choose there counts from now on.
+
+        Args:
+            devices: GPUs in all.
+            room: Bytes that a training may take of each; None is not known.
+        """
+        self._room, self._chosen = None if room is None else (devices, room), {}
+
+    def recomputed(self, plan: Mapping[str, Any], images: int, prompts: int) -> Choice | None:
+        """What `RecomputeToFit` chooses for a pass; None where the recipe has none, or no GPU is known.
+
+        Raises:
+            UserError: The model has blocks computed twice besides.
+        """
+        if not self.to_fit or self._room is None:
+            return None
+        devices, room = self._room
+        if (images, prompts) not in self._chosen:
+            step = partial(self.module.rehearse, images, prompts, **_clip(plan))
+            left = room - sum(self.parts(devices, 0).values())
+            self._chosen[images, prompts] = choose(self.module, step, plan["precision"], left)
+        return self._chosen[images, prompts]
 
     def parts(self, devices: int, activations: int) -> dict[str, int]:
         """Bytes of each part on one of some GPUs."""

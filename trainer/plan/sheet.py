@@ -57,6 +57,8 @@ def _memory(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         return rows
     answer = "fits" if found["fits"] else "DOES NOT FIT"
     rows.append(("", f"{answer}: {told(found['usable'])} of {machine['memory_gib']:g} GiB are usable, {reserve()}"))
+    if found["recomputed"] is not None:
+        rows.append(("", f"RecomputeToFit: {found['recomputed']}"))
     what = "image" if plan["frames"] == 1 else "clip"
     most, own, prompts = found["largest"], found["largest_dividing"], plan["prompts_reckoned"]
     most = f"{most} or more" if most == MOST_IMAGES else most
