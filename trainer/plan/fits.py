@@ -111,7 +111,7 @@ def verdict(
     }
     if room is not None and largest:
         left = room - (total - parts["activations"])
-        most = most_images(left, lambda images: made.pass_bytes(plan, images, prompts), own) if left > 0 else 0
+        most = most_images(left, lambda images: made.least_bytes(plan, images, prompts), own) if left > 0 else 0
         dividing = [micro for micro in range(1, most + 1) if batch % (micro * machine.devices) == 0]
         found |= {"largest": most, "largest_dividing": max(dividing, default=None)}
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -10,17 +10,19 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 
 from data_shards.errors import UserError
 from data_shards.sampler import GlobalOrderSampler
 from trainer.flops import step_flops
 from trainer.lightning_cli import RecipeCLI, RecipeParser
 from trainer.models import SegmentationModel
+from trainer.models.recomputing import recomputed_for_now
 from trainer.modules.tuned import TunedModule
 from trainer.plan.activations import memory_at, pass_bytes
 from trainer.plan.groups import memory, parameter_groups
 from trainer.plan.memory import parts, sharing_of
-from trainer.plan.recompute import Choice, choose
+from trainer.plan.recompute import Choice, blocks_of, choose
 from trainer.recipe import explain
 from trainer.restore import build, instantiate, without_weights
 from trainer.run import opening
@@ -116,9 +118,17 @@ class PlanCLI(ReadCLI):
         if (chosen := self.recomputed(plan, images, prompts)) is not None:
             return chosen.activations
         if (images, prompts) not in self._passes:
-            step = partial(self.module.rehearse, images, prompts, **_clip(plan))
-            self._passes[images, prompts] = pass_bytes(self.module, step, plan["precision"])
+            self._passes[images, prompts] = pass_bytes(
+                self.module, self._pass(plan, images, prompts), plan["precision"]
+            )
         return self._passes[images, prompts]
+
+    def least_bytes(self, plan: Mapping[str, Any], images: int, prompts: int) -> int:
+        """The same, with everything computed twice that `RecomputeToFit` may: what tells whether a pass fits at all."""
+        if not self.to_fit or self._room is None:
+            return self.pass_bytes(plan, images, prompts)
+        with recomputed_for_now(blocks_of(self.module)):
+            return pass_bytes(self.module, self._pass(plan, images, prompts), plan["precision"])
 
     def put_on(self, devices: int, room: int | None) -> None:
         """Say where it is to run: what `RecomputeToFit` would choose there counts from now on.
@@ -139,10 +149,15 @@ class PlanCLI(ReadCLI):
             return None
         devices, room = self._room
         if (images, prompts) not in self._chosen:
-            step = partial(self.module.rehearse, images, prompts, **_clip(plan))
+            step = self._pass(plan, images, prompts)
             left = room - sum(self.parts(devices, 0).values())
             self._chosen[images, prompts] = choose(self.module, step, plan["precision"], left)
         return self._chosen[images, prompts]
+
+    def _pass(self, plan: Mapping[str, Any], images: int, prompts: int) -> Callable[[], Tensor]:
+        """What runs a pass on tensors without content."""
+        clip = {"frames": plan["frames"]} if plan["frames"] > 1 else {}
+        return partial(self.module.rehearse, images, prompts, **clip)
 
     def parts(self, devices: int, activations: int) -> dict[str, int]:
         """Bytes of each part on one of some GPUs."""
@@ -161,10 +176,6 @@ class PlanCLI(ReadCLI):
         found = step_flops(self.module, images, prompts, plan["frames"])
         each = images * plan["frames"]
         return {"model": found.model / each, "hardware": found.hardware / each}
-
-
-def _clip(plan: Mapping[str, Any]) -> dict[str, int]:
-    return {"frames": plan["frames"]} if plan["frames"] > 1 else {}
 
 
 def optimizer(module: TunedModule, trainer: Mapping[str, Any]) -> dict[str, Any]:
