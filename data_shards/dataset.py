@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import time
-import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,11 @@ from data_shards.errors import DamageError, UserError
 from data_shards.index import Index
 from data_shards.stores import LocalStore, open_store
 from data_shards.triplet import Triplet
+
+try:
+    from isal.isal_zlib import crc32  # five times as fast: with zlib's a sample takes 4 % longer
+except ImportError:
+    from zlib import crc32
 
 LOOK_SECONDS = 60.0
 """How often an index is looked at that is in use."""
@@ -111,7 +115,7 @@ class ShardDataset:
                 members[name] = piece[begin : begin + size]
             crc = 0
             for content in members.values():
-                crc = zlib.crc32(content, crc)
+                crc = crc32(content, crc)
             if crc == self.index.crc32[number] and all(len(members[name]) == spans[name][1] for name in spans):
                 return members
             if attempt == 1:  # perhaps it is only the copy that was kept

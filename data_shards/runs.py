@@ -36,8 +36,9 @@ def runs_of(counts: str | Sequence[int], size: tuple[int, int]) -> np.ndarray | 
 
 def fill(runs: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return the mask (H, W) uint8, 1 inside, of runs from `runs_of`."""
-    values = (np.arange(len(runs)) % 2).astype(np.uint8)
-    return np.repeat(values, runs).reshape(size[1], size[0]).T
+    values = np.zeros(len(runs), np.uint8)
+    values[1::2] = 1
+    return values.repeat(runs).reshape(size[1], size[0]).T
 
 
 def _unpack(counts: str, pixels: int) -> np.ndarray | None:
@@ -48,17 +49,22 @@ def _unpack(counts: str, pixels: int) -> np.ndarray | None:
     """
     if len(counts) > 8 * (pixels + 2):  # at most a run for each pixel, of 8 characters each
         return None
-    groups = np.frombuffer(counts.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
-    if groups.size == 0 or groups.min() < 0 or groups.max() > 63 or groups[-1] & 32:
+    # What is below the first character wraps around, to more than 63.
+    groups = np.frombuffer(counts.encode("ascii", "replace"), np.uint8) - np.uint8(48)
+    if groups.size == 0 or groups.max() > 63 or groups[-1] & 32:
         return None
-    ends = np.flatnonzero(groups & 32 == 0)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > 8:  # no image has as many pixels
+    ends = (groups < 32).nonzero()[0]
+    lengths = ends.copy()
+    lengths[0] += 1
+    lengths[1:] -= ends[:-1]
+    longest = int(lengths.max())
+    if longest > 8:  # no image has as many pixels
         return None
-    shifts = 5 * (np.arange(groups.size) - np.repeat(starts, lengths))
-    runs = np.add.reduceat((groups & 31) << shifts, starts)
-    runs -= (groups[ends] >> 4 & 1) << (5 * lengths)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
+    runs = groups[ends].astype(np.int64)
+    runs = (runs & 15) - (runs & 16)
+    for back in range(1, longest):
+        more = (lengths > back).nonzero()[0]
+        runs[more] = (runs[more] << 5) + (groups[ends[more] - back] & 31)
+    runs[1::2].cumsum(out=runs[1::2])
+    runs[2::2].cumsum(out=runs[2::2])
     return runs

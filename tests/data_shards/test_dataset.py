@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
+import sys
 import tarfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -125,6 +128,24 @@ def damage(folder: Path, number: int) -> str:
         f"{path}: sample '{index.key(number)}' is damaged, its bytes changed since the build: "
         f"run `data-shards verify {folder}`"
     )
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_checksums_are_zlibs_with_and_without_the_fast_ones(
+    folder: Path, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fast:
+        pytest.importorskip("isal")
+    else:
+        monkeypatch.setitem(sys.modules, "isal.isal_zlib", None)
+    spec = importlib.util.find_spec("data_shards.dataset")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)  # a copy: the classes of the one in use stay what they are
+    spec.loader.exec_module(module)
+    assert (module.crc32 is zlib.crc32) is not fast
+    dataset = module.ShardDataset(folder)
+    for content in (b"", b"x", *(data for number in range(COUNT) for data in dataset.read(number).values())):
+        assert module.crc32(content, 0x12345678) == zlib.crc32(content, 0x12345678)
 
 
 def test_a_corrupt_byte_names_shard_and_sample(folder: Path) -> None:
