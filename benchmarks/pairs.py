@@ -1,6 +1,6 @@
 """How many image–mask pairs a second are learnt when an image is encoded once for all of its masks?
 
-python benchmarks/pairs.py           # ViT-B at 1024 px: some twenty minutes on two cores, one on a GPU
+python benchmarks/pairs.py           # ViT-B at 1024 px: some thirty-five minutes on two cores, one on a GPU
 python benchmarks/pairs.py --quick   # ViT-B at 128 px, under a minute
 
 The corpora that MedSAM learns from have 3.4 masks an image. A step learns from 17 masks on 5 images, and takes one
