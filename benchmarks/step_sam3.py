@@ -34,8 +34,11 @@ The last line is one JSON object:
 
 from __future__ import annotations
 
+import json
 import time
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -43,6 +46,7 @@ import torch
 from measuring import arguments, device, finish, matmul_rate, say
 from racing import REFERENCE, Entrant, Row, Running, Track, headline_of, mfu_bar, named, race, told
 from steps import OurStep, compiled, silent
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from data_shards.batch import TripletBatch
@@ -50,6 +54,7 @@ from data_shards.triplet import Provenance
 from trainer.flops import step_flops
 from trainer.losses import SetPredictionLoss
 from trainer.models import SAM3, SAM3Shape
+from trainer.models.sam3_shape import VOCABULARY
 from trainer.modules import SAM3Module
 from trainer.modules.concepts import objects_of
 from trainer.prompts.concepts import concepts_of
@@ -88,11 +93,26 @@ def batch_of(images: int, prompts: int, side: int) -> TripletBatch:
 NEEDED, MFU, GIB = 1.0, 0.5, 80.0
 
 
+@cache
+def letters() -> TemporaryDirectory[str]:
+    """A tokenizer of single letters, as large as CLIP's, whose pieces then no package need hold."""
+    single = sorted(ByteLevel.alphabet())
+    pieces = [*single, *(f"{letter}</w>" for letter in single)]
+    unused = [f"<{number}>" for number in range(VOCABULARY - len(pieces) - 2)]
+    pieces += [*unused, "<|startoftext|>", "<|endoftext|>"]
+    folder = TemporaryDirectory()
+    place = Path(folder.name)
+    (place / "vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(pieces)}), "utf-8")
+    (place / "merges.txt").write_text("#version: 0.2\n", "utf-8")
+    return folder
+
+
 def module_of(place: torch.device, quick: bool, recompute: bool, **more: Any) -> SAM3Module:
     """A module with random weights."""
     torch.manual_seed(0)
+    more |= {"weights": None, "tokenizer": letters().name, "checkpoint_activations": recompute}
     with place:
-        model = SAM3(TINY if quick else None, side_of(quick), weights=None, checkpoint_activations=recompute, **more)
+        model = SAM3(TINY if quick else None, side_of(quick), **more)
     loss = SetPredictionLoss(mask_weight=200.0, dice_weight=10.0, mask_chunk=32)
     return silent(SAM3Module(model, loss=loss, lr=1e-5, weight_decay=0.05).to(place).train())
 
