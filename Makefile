@@ -56,7 +56,7 @@ $(RUN)/evaluation/untouched/per_case.csv: $(RECIPE) $(RUN)/shards/manifest.json
 
 # An interrupted training goes on where it was; a changed recipe starts anew.
 $(RUN)/.fitted: $(RECIPE) $(RUN)/shards/manifest.json | $(RUN)/evaluation/untouched/per_case.csv
-	@echo "== fine-tuning: some three minutes on two cores"
+	@echo "== fine-tuning: three to five minutes on two cores"
 	@cmp -s $(RECIPE) $(RUN)/.recipe || { rm -rf $(RUN)/checkpoints $(RUN)/logs $(RUN)/trace.csv; cp $(RECIPE) $(RUN)/.recipe; }
 	@$(BIN)/trainer fit -c $(RECIPE) --ckpt_path last
 	@touch $@

@@ -5,6 +5,7 @@ python benchmarks/attention.py --quick   # an image of 512 × 512, under a minut
 
 Forward and backward of one attention layer of ViT-B: `segment-anything`'s module and all of our ways, in turn, over the
 whole image and in windows, in fp32 and with bf16 autocast. On a GPU, FlexAttention too, compiled; chunks are for CPUs.
+Then the windowed blocks of SAM2.1 tiny's Hiera, one after another: those of the package `sam2`, and ours.
 
 The last line is one JSON object:
   benchmark     "attention"
@@ -17,15 +18,19 @@ The last line is one JSON object:
   ratios        by precision: `ratio` of the way that the rule takes
   ratio         the reference's time divided by that of the way that the rule takes, for the four global and eight
                 windowed layers of an encoder, in the precision where it is less
+  hiera         by precision: {"milliseconds": those of "ours" and of "reference", "ratio"} of the windowed blocks of
+                SAM2.1 tiny, on four times the side; null where the package `sam2` is not installed
   bar           {"needed", "met"}
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from measuring import arguments, device, finish, in_turn, say, settle
@@ -37,6 +42,12 @@ from transformers.models.sam.modeling_sam import SamVisionAttention
 from trainer.models.attention import SamVisionRelativeAttention, Way, chosen_way
 
 WIDTH, HEADS, WINDOW = 768, 12, 14
+HIERA = (
+    *((4, 96, 96, 1, 8, None), (4, 96, 192, 2, 8, (2, 2)), (2, 192, 192, 2, 4, None), (2, 192, 384, 4, 4, (2, 2))),
+    *3 * ((1, 384, 384, 4, 14, None),),
+    *((1, 384, 768, 8, 14, (2, 2)), (0.5, 768, 768, 8, 7, None)),
+)
+"""Windowed blocks of SAM2.1 tiny: side by ViT-B's, channels in and out, heads, window, pool."""
 LAYERS = {"global": 4, "windows": 8}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NEEDED = 1.0
@@ -83,6 +94,34 @@ def difference(parts: dict[str, nn.Module]) -> float:
     return largest
 
 
+def hiera(side: int, dtype: torch.dtype, rounds: int, place: torch.device) -> dict[str, Any] | None:
+    """The windowed blocks of SAM2.1 tiny: milliseconds of the package's and of ours, and their ratio."""
+    try:
+        from sam2.modeling.backbones.hieradet import MultiScaleBlock
+    except ImportError:
+        return None
+    from trainer.models.sam2_hiera import HieraBlock
+
+    torch.manual_seed(0)
+    plain, given = [], []
+    for share, channels, out, heads, window, pool in HIERA:
+        plain.append(MultiScaleBlock(channels, out, heads, q_stride=pool, window_size=window).to(place))
+        given.append(torch.randn(1, int(share * side), int(share * side), channels, device=place))
+    ours = [HieraBlock(block) for block in copy.deepcopy(plain)]
+    with torch.no_grad():
+        grads = [torch.randn_like(block(tokens)) for block, tokens in zip(plain, given, strict=True)]
+
+    def all_of(blocks: list[nn.Module]) -> int:
+        for block, tokens, grad in zip(blocks, given, grads, strict=True):
+            step(block, tokens, grad, dtype)
+        return 1
+
+    rates = in_turn({"ours": partial(all_of, ours), "reference": partial(all_of, plain)}, rounds)
+    milliseconds = {name: 1000 / statistics.median(each) for name, each in rates.items()}
+    ratio = statistics.median(one / other for one, other in zip(rates["ours"], rates["reference"], strict=True))
+    return {"milliseconds": milliseconds, "ratio": ratio}
+
+
 def main() -> None:
     values = arguments(__doc__, side=0, rounds=0)
     place, side = device(), values.side or (32 if values.quick else 64)
@@ -91,6 +130,7 @@ def main() -> None:
     chosen = chosen_way(torch.empty(0, device=place))
     milliseconds: dict[str, dict[str, dict[str, float]]] = {}
     ratios: dict[str, float] = {}
+    windowed: dict[str, Any] = {}
     apart = 0.0
     for precision, dtype in PRECISIONS.items():
         rates: dict[str, Rates] = {}
@@ -114,6 +154,10 @@ def main() -> None:
             line = ", ".join(f"{name} {figure:.0f}" for name, figure in found.items())
             print(f"{precision}, {kind}: ms of forward and backward: {line}")
         print(f"{precision}: the rule takes {chosen}, {ratios[precision]:.2f} times as fast as the reference")
+        say(f"{precision}, Hiera")
+        if (found := hiera(side, dtype, values.rounds or 3, place)) is not None:
+            windowed[precision] = found
+            print(f"{precision}: windowed blocks of SAM2's Hiera, {found['ratio']:.2f} times as fast as the package's")
     ratio = min(ratios.values())
     finish(
         {
@@ -126,6 +170,7 @@ def main() -> None:
             "difference": apart,
             "ratios": ratios,
             "ratio": ratio,
+            "hiera": windowed or None,
             "bar": {"needed": NEEDED, "met": ratio >= NEEDED},
         },
         values.save,

@@ -381,6 +381,7 @@ def attention_is_sane(found: dict[str, Any]) -> bool:
         and all(set(each) == ways and min(each.values()) > 0 for each in times)
         and found["chosen"] in ways
         and 0 < found["difference"] < 1e-3
+        and (found["hiera"] is None or all(each["ratio"] > 0 for each in found["hiera"].values()))
         and found["ratio"] == min(found["ratios"].values()) > 0
         and found["bar"] == {"needed": 1.0, "met": found["ratio"] >= 1}
     )

@@ -70,8 +70,7 @@ class SamVisionRelativeAttention(SamVisionAttention):
     def within_windows(self, tokens: Tensor, side: int) -> Tensor:
         """Attend within windows that do not divide the grid, as `SamVisionLayer` does by padding it with zeros.
 
-        Zeros are asked too: their keys and values are what the projection makes of a zero, and that is the same for all
-        of them. So tokens alone are projected, before and after: at 1024 px, 4096 in the place of 4900.
+        Tokens alone are projected, before and after: at 1024 px, 4096 in the place of 4900.
 
         Args:
             tokens: (B, H, W, C), normalised.
@@ -80,21 +79,17 @@ class SamVisionRelativeAttention(SamVisionAttention):
         Returns:
             (B, H, W, C).
         """
-        count, height, width, channels = tokens.shape
+        count, height, width, _ = tokens.shape
         down, across = -(-height // side), -(-width // side)
-        heads, qkv = self.num_attention_heads, self.qkv(tokens)
-        empty = self.qkv(tokens.new_zeros(1, 1, 1, channels))
-        right = empty.expand(count, height, across * side - width, -1)
-        below = empty.expand(count, down * side - height, across * side, -1)
-        padded = torch.cat([torch.cat([qkv, right], dim=2), below], dim=1)
+        heads, padded = self.num_attention_heads, projected(self.qkv, tokens, side)
         split = padded.view(count, down, side, across, side, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
         query, key, value = split.reshape(3, -1, side * side, split.shape[-1]).unbind(0)
         rows, columns = lines(self.rel_pos_h, side), lines(self.rel_pos_w, side)
         mixed = WAYS[self.way or chosen_way(query)](query, key, value, rows, columns, self.scale, heads)
         mixed = mixed.view(count, down, across, heads, side, side, -1).permute(0, 1, 4, 2, 5, 3, 6)
         whole = mixed.reshape(count, down * side, across * side, -1)[:, :height, :width]
-        projected: Tensor = self.proj(whole)
-        return projected
+        made: Tensor = self.proj(whole)
+        return made
 
     def get_rel_pos(self, q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
         """Positions of a grid that asks itself, as all of SAM's do: see `lines`."""
@@ -128,8 +123,7 @@ class WindowedLayer(SamVisionLayer):
             hidden_states: Tokens (B, H, W, C).
         """
         attention = self.attn
-        watched = attention._forward_hooks or attention._forward_pre_hooks or "forward" in vars(attention)
-        if watched or _told():  # adapters on attention are given whole windows, and exports stay as they are
+        if watched(attention) or told():  # adapters on attention are given whole windows, and exports stay as they are
             plain: Tensor = super().forward(hidden_states)
             return plain
         hidden_states = hidden_states + attention.within_windows(self.layer_norm1(hidden_states), self.window_size)
@@ -160,7 +154,34 @@ def encoder_with(config: SamVisionConfig, way: Way | None) -> SamVisionEncoder:
     return encoder
 
 
-def _told() -> bool:
+def projected(project: Callable[[Tensor], Tensor], tokens: Tensor, side: int) -> Tensor:
+    """Make queries, keys and values of tokens, padded with zeros to whole windows, without projecting the zeros.
+
+    Zeros are asked too: their keys and values are what the projection makes of a zero, which is the same for all.
+
+    Args:
+        project: Makes D channels of C.
+        tokens: (B, H, W, C).
+        side: Side S of a window.
+
+    Returns:
+        (B, H', W', D), H' and W' the next multiples of S.
+    """
+    height, width, channels = tokens.shape[1:]
+    lower, wider, made = -height % side, -width % side, project(tokens)
+    if lower or wider:
+        count, empty = len(made), project(tokens.new_zeros(1, 1, 1, channels))
+        made = torch.cat([made, empty.expand(count, height, wider, -1)], dim=2)
+        made = torch.cat([made, empty.expand(count, lower, width + wider, -1)], dim=1)
+    return made
+
+
+def watched(attention: nn.Module) -> bool:
+    """Whether somebody wants to see what attention is given: it must be called as it is."""
+    return bool(attention._forward_hooks or attention._forward_pre_hooks or "forward" in vars(attention))
+
+
+def told() -> bool:
     """Whether it is written down as a graph for others."""
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
@@ -176,7 +197,7 @@ def chosen_way(query: Tensor) -> Way:
     Args:
         query: Queries; only where they are and of which type is looked at.
     """
-    if _told():
+    if told():
         return "eager"
     if _needed:
         return "sdpa"

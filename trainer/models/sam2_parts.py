@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sam2.modeling.backbones.hieradet import Hiera
 from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
 from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
 from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
@@ -16,6 +15,7 @@ from sam2.modeling.position_encoding import PositionEmbeddingSine
 from sam2.modeling.sam.transformer import RoPEAttention
 from torch import nn
 
+from trainer.models.sam2_hiera import Trunk
 from trainer.models.sam2_shape import STRIDE, SAM2Shape
 
 
@@ -25,7 +25,7 @@ def _positions(channels: int) -> PositionEmbeddingSine:
 
 def image_encoder(shape: SAM2Shape, drop_path: float) -> nn.Module:
     """Hiera with its neck."""
-    trunk = Hiera(
+    trunk = Trunk(
         embed_dim=shape.embed_dim,
         num_heads=shape.num_heads,
         drop_path_rate=drop_path,
