@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("sam2")
 
@@ -19,6 +20,7 @@ from data_shards.errors import UserError
 from trainer.models import Preprocessing
 from trainer.modules import ClipAugmentation, SAM2Module
 from trainer.modules.clips import Followed, clip_draws, followed
+from trainer.profile.rehearsed import GPU, Pretended
 
 STILL = {"flip": 0.0, "degrees": 0.0, "shear": 0.0, "brightness": 0.0, "contrast": 0.0}
 PREPROCESSING = Preprocessing(SIDE, resize="squash", scaling="mean_std")
@@ -166,3 +168,11 @@ def test_masks_stay_what_they_are(before):
     masks = seen(before, degrees=30.0, shear=15.0, scale=(0.7, 1.4))[1].masks
     assert set(masks.unique().tolist()) <= {0.0, 1.0}
     assert replace(before[2]).masks.shape[0] == masks.shape[0]
+
+
+def test_a_step_waits_once_to_learn_what_is_still_seen(before):
+    batch, images, everything = before
+    with FakeTensorMode(allow_non_fake_inputs=True), Pretended() as pretended:
+        there = replace(everything, masks=everything.masks.to(GPU, non_blocking=True))
+        ClipAugmentation()(images.to(GPU, non_blocking=True), there, clip_draws(batch), 0)
+    assert [wait.call for wait in pretended.waits] == ["copies to the host"]

@@ -77,7 +77,8 @@ class ClipAugmentation:
         streams = [stream(run_seed(self.seed), "augmentation", epoch, *draw) for draw in draws]
         matrices = torch.from_numpy(np.stack([self._matrix(generator) for generator in streams])).float()
         light = torch.from_numpy(np.stack([self._light(generator) for generator in streams])).float()
-        every, light = matrices.to(images.device), light.to(images.device).repeat_interleave(frames, 0)
+        every = matrices.to(images.device, non_blocking=True)
+        light = light.to(images.device, non_blocking=True).repeat_interleave(frames, 0)
         seen = _warped(images, every.repeat_interleave(frames, 0))
         clips = images.unflatten(0, (-1, frames)).flatten(1)
         mean, deviation = (
@@ -86,9 +87,10 @@ class ClipAugmentation:
         gain, lift = (part[:, None, None, None] for part in light.unbind(1))
         seen = (seen - mean) * gain + mean + lift * deviation
         shape = everything.masks.shape
-        own = every[everything.clip.to(every.device)].repeat(shape[0], 1, 1)
+        own = every[everything.clip.to(every.device, non_blocking=True)].repeat(shape[0], 1, 1)
         masks = (_warped(everything.masks.flatten(0, 1)[:, None], own) > 0.5).float().reshape(shape)
-        return seen, _shown(replace(everything, masks=masks, boxes=_boxes(masks)))
+        boxes, there = _boxes(masks)
+        return seen, _shown(replace(everything, masks=masks, boxes=boxes), there)
 
     def _matrix(self, generator: np.random.Generator) -> np.ndarray:
         """Where each place of the new image is taken from: (2, 3), in shares of half the side."""
@@ -114,8 +116,11 @@ def _warped(images: Tensor, matrices: Tensor) -> Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def _boxes(masks: Tensor) -> Tensor:
-    """Tight boxes (T, Q, 4) around masks (T, Q, S, S), on the CPU; zeros around nothing."""
+def _boxes(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Tight boxes (T, Q, 4) around masks (T, Q, S, S), zeros around nothing, and where there is something (T, Q).
+
+    Both are on the CPU: the one time that a step waits for the device.
+    """
     sides = []
     for axis in (2, 3):  # columns, then rows
         line = masks.amax(axis)  # (T, Q, S)
@@ -124,13 +129,13 @@ def _boxes(masks: Tensor) -> Tensor:
         high = torch.where(line > 0, ticks, -1).amax(-1)
         sides.append((low, high))
     (left, right), (top, bottom) = sides
-    boxes = torch.stack([left, top, right, bottom], dim=-1).float()
-    return torch.where(masks.flatten(2).amax(2)[..., None] > 0, boxes, 0.0).cpu()
+    there = left <= right  # in an empty mask nothing is lowest and nothing highest
+    found = torch.stack([left, top, right, bottom, torch.ones_like(left)], dim=-1).where(there[..., None], 0).cpu()
+    return found[..., :4].float(), found[..., 4] > 0
 
 
-def _shown(everything: Followed) -> Followed:
-    """The objects that their anchor shows, and frames without a mask as such."""
-    there = everything.masks.flatten(2).amax(2).cpu() > 0
+def _shown(everything: Followed, there: Tensor) -> Followed:
+    """The objects that their anchor shows, and frames without a mask as such; `there` (T, Q) says where masks are."""
     anchors = torch.tensor([everything.anchors[clip] for clip in everything.clip.tolist()], dtype=torch.int64)
     kept = there[anchors, torch.arange(len(anchors))].nonzero()[:, 0]
     rows = torch.where(there, everything.rows, -1)
