@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_sam3
 import torch
 
 from data_shards.batch import Sample, TripletBatch, collate
 from data_shards.dataset import ShardDataset
+from trainer.losses import SetPredictionLoss
 from trainer.models import MedSAM
 from trainer.models.medsam import ViT
-from trainer.modules import MedSAMModule, SAM2Module
+from trainer.modules import MedSAMModule, SAM2Module, SAM3Module
 from trainer.modules.tuned import TunedModule
 from trainer.prompts import (
     BoxPrompts,
     ClickPrompts,
+    ConceptPrompts,
+    Exemplars,
     GivenMaskPrompts,
     MaskPrompts,
     MixedPrompts,
@@ -134,3 +138,39 @@ def test_a_padded_step_of_sam2_is_the_plain_one(name: str, tmp_path: Path) -> No
     assert_equal_steps(module, clips)
     if name == "boxes":
         assert sizes == {5, 6}
+
+
+@pytest.mark.parametrize("exemplars", [None, Exemplars(share=1.0, boxes=1, points=1, seed=5)], ids=["texts", "shown"])
+@pytest.mark.parametrize("loss", ["semantic", "masks"])
+def test_a_padded_step_of_sam3_is_the_plain_one(loss: str, exemplars: Exemplars | None, tiny_shards: Path) -> None:
+    """Five concepts with five texts become six with six."""
+    model = tiny_sam3.make(points=exemplars is not None)
+    weights = {"mask_weight": 200.0, "dice_weight": 10.0} if loss == "masks" else {}
+    module = SAM3Module(model, exemplars=exemplars, loss=SetPredictionLoss(padded_queries=20, **weights))
+    samples = ShardDataset(tiny_shards / "train")
+    terms = ("gland", "nucleus", "stroma", "vessel")
+    given = collate([Sample(0, samples[0], (0,), absent=terms)])
+    assert module.asked(given) == 5
+    sizes: list[tuple[int, int]] = []
+    model.text_encoder.register_forward_pre_hook(
+        lambda _, __, named: sizes.append((len(named["input_ids"]), 0)), with_kwargs=True
+    )
+    model.detr_encoder.layers[0].register_forward_pre_hook(lambda _, given: sizes.append((0, len(given[0]))))
+    assert_equal_steps(module, given)
+    if exemplars is None:
+        assert sizes == [(5, 0), (0, 5), (6, 0), (0, 6)]
+    module.eval()
+    sizes.clear()
+    module.predict_masks(given.by_term())
+    assert sizes == [(5, 0), (0, 5)], "an evaluation is asked as it is"
+
+
+def test_concepts_are_padded_with_all_that_they_are_asked_with() -> None:
+    asked = ConceptPrompts(
+        torch.arange(5), list("abcde"), boxes=torch.rand(5, 2, 4), box_labels=torch.ones(5, 2).long()
+    )
+    padded = asked.padded()
+    assert padded.texts == list("abcdea") and padded.image_index.tolist() == [0, 1, 2, 3, 4, 0]
+    assert padded.boxes is not None and asked.boxes is not None and padded.points is None
+    assert torch.equal(padded.boxes, torch.cat([asked.boxes, asked.boxes[:1]]))
+    assert ConceptPrompts(torch.arange(4), list("abcd")).padded().texts == list("abcd")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_sam3
 import torch
 from test_buckets import SIDE, batch, step
 
@@ -15,7 +16,7 @@ from data_shards.errors import UserError
 from trainer.callbacks import CompileBlocks
 from trainer.models import LiteMedSAM, MedSAM, SegmentationModel
 from trainer.models.medsam import ViT
-from trainer.modules import MedSAMModule
+from trainer.modules import MedSAMModule, SAM3Module
 from trainer.prompts import BoxPrompts, Prompts
 
 TRAINER: Any = SimpleNamespace(accumulate_grad_batches=1, strategy=None)
@@ -49,8 +50,6 @@ def sam2() -> tuple[Any, Callable[[Any], Any]]:
 
 
 def sam3() -> tuple[Any, Callable[[Any], Any]]:
-    import tiny_sam3
-
     return tiny_sam3.make(), lambda model: tiny_sam3.detect(model, tiny_sam3.images(2), [0, 1], [4, 6])
 
 
@@ -111,6 +110,18 @@ def test_a_compiled_decoder_is_compiled_for_few_numbers_of_prompts(tiny_shards: 
     assert len(graphs) == 2, "for 6 and for 8 prompts"
 
 
+def test_sam3_is_asked_in_few_numbers_where_more_than_its_image_encoder_is_compiled() -> None:
+    for kinds, padded in (
+        (None, False),
+        (["vision_encoder"], False),
+        (["detr_encoder"], True),
+        (["text_encoder"], True),
+    ):
+        module = SAM3Module(tiny_sam3.make())
+        CompileBlocks(kinds=kinds, backend="eager").setup(TRAINER, module, "fit")  # type: ignore[arg-type]
+        assert module.prompt_buckets is padded
+
+
 def test_compiled_blocks_keep_names_and_gradients(tiny_shards: Path) -> None:
     module, plain = (MedSAMModule(medsam(), prompts=BoxPrompts(seed=1)) for _ in range(2))
     callback = CompileBlocks(backend="aot_eager")
@@ -133,10 +144,6 @@ def test_what_cannot_be_compiled_is_refused() -> None:
     several: Any = SimpleNamespace(accumulate_grad_batches=4, strategy=None)
     with pytest.raises(UserError, match="accumulate_grad_batches 4"):
         CompileBlocks(mode="reduce-overhead").setup(several, module, "fit")
-    import tiny_sam3
-
-    from trainer.modules import SAM3Module
-
     with pytest.raises(UserError, match="SAM3 has no mask decoder"):
         CompileBlocks(decoder=True).setup(TRAINER, SAM3Module(tiny_sam3.make()), "fit")
     assert isinstance(module.model, SegmentationModel)

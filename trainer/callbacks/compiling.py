@@ -31,7 +31,8 @@ class CompileBlocks(Callback):
     Args:
         kinds: Kinds of blocks, such as ``image_encoder`` (SAM3: ``vision_encoder``, ``text_encoder``,
             ``detr_encoder``); null is the image encoder's, whose inputs have the same size in every step. Others are
-            compiled anew for every number of prompts.
+            compiled for each number of texts or prompts, which are padded to few then (the module's
+            ``prompt_buckets``).
         backend: ``inductor`` needs a C++ compiler, on a GPU Triton too; ``aot_eager`` tries the way without them.
         mode: What `torch.compile` calls so, for ``inductor``.
         decoder: Compile the mask decoder too, for each number of prompts and of points in a prompt; prompts are padded
@@ -76,7 +77,8 @@ class CompileBlocks(Callback):
         for part in [*compiled, *([] if decoder is None else [decoder])]:
             # not `block.compile()`, which takes in the hooks that gather its weights
             wrap_forward(part, partial(torch.compile, backend=self.backend, dynamic=False, **mode))
-        if decoder is not None:
+        by_prompt = decoder is not None or any(kind != pl_module.model.encoder for kind in kinds)
+        if by_prompt and hasattr(pl_module, "prompt_buckets"):
             pl_module.prompt_buckets = True
         self._compiled = True
 
@@ -90,7 +92,7 @@ def _decoder_of(trainer: Trainer, module: TunedModule) -> nn.Module:
     model = module.model
     name = model.also_called.get("mask_decoder", "mask_decoder")
     decoder = getattr(model, name, None)
-    if not hasattr(module, "prompt_buckets") or not isinstance(decoder, nn.Module):
+    if not (model.decodes_whole and hasattr(module, "prompt_buckets") and isinstance(decoder, nn.Module)):
         raise UserError(
             f"CompileBlocks: decoder true: {type(model).__name__} has no mask decoder that is called whole: set it to "
             "false"

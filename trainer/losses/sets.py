@@ -29,6 +29,10 @@ class QueryMasks(ABC):
     def of(self, prompt: int, queries: Tensor) -> Tensor:
         """Mask logits (M, h, w) of some queries (M,) of one prompt."""
 
+    @abstractmethod
+    def first(self, count: int) -> QueryMasks:
+        """Those of the first prompts alone."""
+
 
 @dataclass(frozen=True)
 class DenseMasks(QueryMasks):
@@ -48,6 +52,10 @@ class DenseMasks(QueryMasks):
     def of(self, prompt: int, queries: Tensor) -> Tensor:
         """Mask logits (M, h, w) of some queries (M,) of one prompt."""
         return self.logits[prompt, queries]
+
+    def first(self, count: int) -> DenseMasks:
+        """Those of the first prompts alone."""
+        return DenseMasks(self.logits[:count])
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,10 @@ class FactoredMasks(QueryMasks):
         """Mask logits (M, h, w) of some queries (M,) of one prompt."""
         embedded, pixels, offsets = self._prompts[prompt]
         return torch.einsum("mc,chw->mhw", embedded[queries], pixels) + offsets[queries, None, None]
+
+    def first(self, count: int) -> FactoredMasks:
+        """Those of the first prompts alone."""
+        return FactoredMasks(self.queries[:count], self.pixels[:count], self.offsets[:count])
 
     @cached_property
     def _prompts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -105,6 +117,17 @@ class SetPrediction:
         """(P, Q) confidence of the final layer's queries, in [0, 1]: that of the query times that of the presence."""
         found = self.logits[-1].float().sigmoid()
         return found if self.presence is None else found * self.presence[-1].float().sigmoid()[:, None]
+
+    def first(self, count: int) -> SetPrediction:
+        """What it says about the first prompts alone."""
+        return SetPrediction(
+            logits=self.logits[:, :count],
+            boxes=self.boxes[:, :count],
+            presence=None if self.presence is None else self.presence[:, :count],
+            masks=None if self.masks is None else self.masks.first(count),
+            semantic=None if self.semantic is None else self.semantic[:count],
+            many=None if self.many is None else self.many.first(count),
+        )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ class SegmentationModel(nn.Module, ABC):
     """Name of the module that predicts a mask's quality, None without one; a loss on masks alone does not reach it."""
     specialist: ClassVar[bool] = False
     """Whether it is no foundation model: it knows nothing but the data that it is trained on."""
+    decodes_whole: ClassVar[bool] = True
+    """Whether its mask decoder is called as one module."""
     encoder = "image_encoder"
     """Name of the image encoder."""
     patch_embedding: tuple[str, ...]

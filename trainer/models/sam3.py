@@ -29,6 +29,7 @@ from trainer.models.sam3_regularisation import regularise, start_as_official
 from trainer.models.sam3_shape import VOCABULARY, SAM3Shape, check_sizes, config_of
 from trainer.models.tokenizer import TextTokenizer, make_tokenizer
 from trainer.models.weights import load_strictly, read_weights, source_of
+from trainer.prompts.base import bucket_of
 from trainer.prompts.concepts import ConceptPrompts
 
 
@@ -75,6 +76,7 @@ class SAM3(SegmentationModel):
 
     score_head = "dot_product_scoring"
     encoder = "vision_encoder"
+    decodes_whole = False
     # where the official code's layer decay counts from 0, the norm before the first block among them
     patch_embedding = ("vision_encoder.backbone.embeddings", "vision_encoder.backbone.layer_norm")
 
@@ -166,18 +168,25 @@ class SAM3(SegmentationModel):
         features: Tensor = self.text_projection(hidden)
         return features
 
-    def detect(self, features: SAM3Features, prompts: ConceptPrompts) -> SetPrediction:
+    def detect(self, features: SAM3Features, prompts: ConceptPrompts, buckets: bool = False) -> SetPrediction:
         """Look for concepts: each text is read once, however many images it is asked about.
 
         In training every decoder layer answers, and the one-to-many half; else the last layer alone.
+
+        Args:
+            features: Encoded images.
+            prompts: The prompts.
+            buckets: Pad texts and prompts to few numbers (`bucket_of`); what was padded is left out of the answer.
 
         Raises:
             UserError: Points are asked with, and the model was made without them.
         """
         texts = list(dict.fromkeys(prompts.texts))
-        place = torch.tensor([texts.index(text) for text in prompts.texts])
-        known, valid = self.read(texts)
-        return self.detect_tokens(features, known, valid, place, prompts)
+        asked = prompts.padded() if buckets else prompts
+        place = torch.tensor([texts.index(text) for text in asked.texts])
+        known, valid = self.read(texts + texts[:1] * (bucket_of(len(texts)) - len(texts) if buckets else 0))
+        found = self.detect_tokens(features, known, valid, place, asked)
+        return found if len(asked) == len(prompts) else found.first(len(prompts))
 
     def detect_tokens(
         self, features: SAM3Features, known: Tensor, valid: Tensor, place: Tensor, prompts: ConceptPrompts

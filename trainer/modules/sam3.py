@@ -62,6 +62,9 @@ class SAM3Module(AnsweringModule):
             in one mask, whose confidence is that of its presence.
         resolve_overlaps: Whether a pixel in several terms' masks goes to the most confident one there. Medical SAM3's
             evaluation does so; terms that lie inside each other (cup and disc) must not.
+        prompt_buckets: Pad a training pass's texts and prompts to few numbers, 1, 2, 3, 4, 6, 8, 12, 16 and so on, so
+            that what is compiled for a number is soon used again; less than a third is for nothing, in time and in
+            memory. What was padded is left out of the loss; dropout is drawn otherwise.
         lr: Learning rate of what has no rate of its own.
         weight_decay: AdamW's decay.
         decay: What decays: ``matrices`` and kernels, or ``all``, norms and biases too.
@@ -88,6 +91,7 @@ class SAM3Module(AnsweringModule):
         threshold: float = 0.5,
         answer: Literal["best", "semantic"] = "best",
         resolve_overlaps: bool = False,
+        prompt_buckets: bool = False,
         lr: float = 1e-4,
         weight_decay: float = 0.1,
         decay: Decay = "matrices",
@@ -110,6 +114,7 @@ class SAM3Module(AnsweringModule):
         self.wording, self.exemplars = wording or Wording(), exemplars
         self.loss, self.terms_per_image = loss or SetPredictionLoss(), terms_per_image
         self.threshold, self.answer, self.resolve_overlaps = threshold, answer, resolve_overlaps
+        self.prompt_buckets = prompt_buckets
         freeze(self.model, unreached(self.model, self.loss, self.exemplars))
         self.tuning.check_learns(self.model)
         self._encoded: tuple[TripletBatch, SAM3Features] | None = None
@@ -159,7 +164,7 @@ class SAM3Module(AnsweringModule):
         asked = self._asked(concepts, epoch)
         if epoch is not None and self.exemplars is not None:
             asked = self.exemplars.show(asked, concepts, truth, epoch)
-        return self.model.detect(self._encode(batch), asked)
+        return self.model.detect(self._encode(batch), asked, buckets=self.prompt_buckets and epoch is not None)
 
     def training_step(self, batch: TripletBatch, batch_idx: int) -> Tensor:
         """The set-prediction loss over all concepts of the batch, those that are there and those that are absent."""

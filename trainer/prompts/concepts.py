@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from data_shards.batch import TripletBatch
 from data_shards.seed import run_seed, stream
 from data_shards.vocabulary import synonyms
+from trainer.prompts.base import bucket_of
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,17 @@ class ConceptPrompts:
 
     def to(self, device: torch.device | str) -> ConceptPrompts:
         """Move the tensors, without waiting for it."""
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._tensors.items()})
+
+    def padded(self) -> ConceptPrompts:
+        """So many that few numbers occur (`bucket_of`): the first is asked again, at the end."""
+        more = bucket_of(len(self)) - len(self)
+        if not more:
+            return self
+        longer = {name: torch.cat([v, v[:1].expand(more, *v.shape[1:])]) for name, v in self._tensors.items()}
+        return replace(self, texts=[*self.texts, *[self.texts[0]] * more], **longer)
+
+    @property
+    def _tensors(self) -> dict[str, Any]:
         names = ("image_index", "boxes", "box_labels", "points", "point_labels")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in given.items()})
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
