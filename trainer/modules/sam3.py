@@ -64,7 +64,8 @@ class SAM3Module(AnsweringModule):
             evaluation does so; terms that lie inside each other (cup and disc) must not.
         prompt_buckets: Pad a training pass's texts and prompts to few numbers, 1, 2, 3, 4, 6, 8, 12, 16 and so on, so
             that what is compiled for a number is soon used again; less than a third is for nothing, in time and in
-            memory. What was padded is left out of the loss; dropout is drawn otherwise.
+            memory, and `trainer plan` reckons without it unless ``--prompts`` says so. What was padded is left out of
+            the loss; dropout is drawn otherwise.
         lr: Learning rate of what has no rate of its own.
         weight_decay: AdamW's decay.
         decay: What decays: ``matrices`` and kernels, or ``all``, norms and biases too.
