@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -115,7 +116,9 @@ def test_a_build_killed_again_and_again_is_the_same_corpus(
     process = start(inputs, out, "--workers", workers)
     shown, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and errors == ""
-    assert f"resumed: {len(before)} of {len(blocks_of(inputs))} blocks were there\n" in shown
+    resumed = re.search(rf"^resumed: (\d+) of {len(blocks_of(inputs))} blocks were there$", shown, re.MULTILINE)
+    late = int(workers) if number == signal.SIGKILL and workers != "1" else 0  # orphans may end the block at hand
+    assert resumed and len(before) <= int(resumed[1]) <= len(before) + late
     assert files(out) == files(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
