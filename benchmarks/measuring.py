@@ -165,7 +165,8 @@ def _commit() -> str:
     """The commit that was measured, with a plus where files differ from it; empty where there is no git."""
 
     def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], capture_output=True, text=True, check=False, cwd=RESULTS.parent)
+        words = ["git", "--no-optional-locks", *command]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=RESULTS.parent)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:

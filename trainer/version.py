@@ -52,9 +52,9 @@ def git() -> dict[str, Any]:
     """The commit that this code is from, and whether files were changed since; None where it is not known."""
 
     def said(*arguments: str) -> str:
-        here = Path(__file__).parent
-        result = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True)  # noqa: S603, S607
-        return result.stdout.strip()
+        # by itself it would write the index anew, and if it is killed in that, leave a lock that stops a user's commits
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
 
     try:
         return {"git_commit": said("rev-parse", "HEAD"), "git_dirty": bool(said("status", "--porcelain"))}
