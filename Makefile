@@ -3,7 +3,8 @@
 #   make test         the whole test suite, two tests at a time (TEST_PROCESSES=8 on a larger machine)
 #   make faults       kill, starve and deceive runs in a few hundred ways; the table is benchmarks/results/faults.md
 #   make bench        every claim about speed measured here, side by side with its reference, to benchmarks/README.md;
-#                     75 minutes on two cores, and nothing else should run (make bench QUICK=1: small sizes, nothing kept)
+#                     45 to 75 minutes on two cores, and nothing else should run (make bench QUICK=1: small sizes,
+#                     nothing kept)
 # Finished steps are kept; `make clean-quickstart` forgets the run, `make clean` the environment too.
 
 SHELL := /bin/bash

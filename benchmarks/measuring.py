@@ -174,5 +174,6 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../trainer", "../data_shards")
     except OSError:
         return ""
-    others = [line for line in changed.splitlines() if "benchmarks/results/" not in line]
+    written = ("benchmarks/results/", "benchmarks/README.md")
+    others = [line for line in changed.splitlines() if not line[2:].lstrip().startswith(written)]
     return commit + ("+" if commit and others else "")

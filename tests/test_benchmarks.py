@@ -528,6 +528,45 @@ def test_a_reader_that_is_not_installed_is_null(modules: Callable[[str], ModuleT
     assert found(("numpy",)) == np.__version__ and found(()) == ""
 
 
+@pytest.mark.parametrize(
+    ("changed", "plus"),
+    [
+        ([], ""),
+        (["benchmarks/README.md"], ""),
+        (["benchmarks/README.md", "benchmarks/results/one.json"], ""),
+        (["benchmarks/one.py"], "+"),
+        (["benchmarks/results/one.json", "trainer/one.py"], "+"),
+        (["README.md"], ""),
+    ],
+)
+def test_a_commit_has_a_plus_where_what_is_measured_was_changed(
+    tmp_path: Path,
+    modules: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    changed: list[str],
+    plus: str,
+) -> None:
+    """What a benchmark or the page about them writes is no such change."""
+
+    def git(*words: str) -> str:
+        settings = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *settings, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    names = ["README.md", "benchmarks/README.md", "benchmarks/one.py", "benchmarks/results/one.json"]
+    for name in [*names, "trainer/one.py", "data_shards/one.py"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "one")
+    for name in changed:
+        (tmp_path / name).write_text("after")
+    measuring = modules("measuring")
+    monkeypatch.setattr(measuring, "RESULTS", tmp_path / "benchmarks/results")
+    assert measuring._commit() == git("rev-parse", "--short=12", "HEAD") + plus
+
+
 def test_medians_run_in_turn_and_leave_out_the_first_round(
     modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
